@@ -1,0 +1,86 @@
+"""Which of the pieces that mla_pass can use are installed here, and what each is needed for."""
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import mla_pass
+
+_CORE = ("numpy", "onnx", "onnx_ir", "ml_dtypes", "tqdm")
+_OPTIONAL = {
+    "onnxruntime": "running and calibrating models: pip install 'mla-pass[cpu]' (or [cuda])",
+    "torch": "exporting checkpoints: pip install 'mla-pass[torch]'",
+    "transformers": "exporting checkpoints: pip install 'mla-pass[torch]'",
+    "onnxscript": "exporting checkpoints: pip install 'mla-pass[torch]'",
+    "gguf": "reading GGUF files: pip install 'mla-pass[torch]'",
+    "onnxruntime_genai": "onnxruntime-genai folders: pip install 'mla-pass[genai]'",
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions by import name (None: not installed) and what is usable."""
+
+    mla_pass: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    providers: tuple[str, ...]
+    """Execution providers of the ONNX Runtime found, in its own order of preference."""
+    native_library: str | None
+    """Path of the op library, None when it is not built."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """One aligned line a fact."""
+        rows = [("mla_pass", self.mla_pass), ("python", self.python), ("platform", self.platform)]
+        for name, version in self.packages.items():
+            purpose = f"not installed ({_OPTIONAL[name]})" if name in _OPTIONAL else "not installed"
+            rows.append((name, version or purpose))
+        rows.append(("providers", ", ".join(self.providers) or "none: no ONNX Runtime"))
+        rows.append(("native library", self.native_library or "not built: the op runs as stock ONNX ops"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def environment() -> Environment:
+    """Looks at this Python installation. Imports ONNX Runtime if it is there, and nothing else."""
+    return Environment(
+        mla_pass=mla_pass.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: _version(name) for name in (*_CORE, *_OPTIONAL)},
+        providers=_providers(),
+        native_library=_native_library(),
+    )
+
+
+def _version(module: str) -> str | None:
+    """Version of an importable module. onnxruntime comes from one of several distributions, so ask by import name."""
+    if util.find_spec(module) is None:
+        return None
+    names = metadata.packages_distributions().get(module, [])
+    versions = {name: metadata.version(name) for name in names}
+    if len(versions) == 1:
+        return next(iter(versions.values()))
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown version"
+
+
+def _providers() -> tuple[str, ...]:
+    if util.find_spec("onnxruntime") is None:
+        return ()
+    import onnxruntime
+
+    return tuple(onnxruntime.get_available_providers())
+
+
+def _native_library() -> str | None:
+    for folder in mla_pass.__path__:
+        for path in sorted(Path(folder, "lib").glob("*mla_pass*")):
+            return str(path)
+    return None
