@@ -1,0 +1,90 @@
+"""What a conversion is asked to do: one frozen, versioned value that travels with the converted model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from mla_pass.errors import MlaPassError
+
+RopeMode = Literal["block", "extend", "repeat"]
+Absorb = Literal["auto", "always", "never"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """Options of a conversion; every field has a default that suits most models.
+
+    Raises MlaPassError when a value is out of its range.
+    """
+
+    budget: float = 0.5
+    """Cached numbers per token and layer, as a fraction of the original cache; in (0, 1]."""
+    rank: int | None = None
+    """Width of the latent; with `rope_dims` it replaces `budget`."""
+    rope_dims: int | None = None
+    """Numbers of the row that keep their own rotation; even; chosen automatically when None."""
+    rope_mode: RopeMode = "block"
+    """What happens to the rotation of the keys in the latent: `block` turns it block by block on the query's side
+    (math: block-rotary absorption), `extend` leaves it off (the decoupled form), `repeat` caches every key component
+    rotated and compresses only the values."""
+    absorb: Absorb = "auto"
+    """Fold the up-projections into the query and output projections: where that means fewer numbers to read, wherever
+    the algebra allows it, or never."""
+    finest_block: int = 16
+    """Rows per block of the finest rotary band, a power of two."""
+    block_order: int = 1
+    """0 or 1: whether a row's offset within its block is followed to first order."""
+    band_angle: float = 1.0
+    """Largest angle, in radians, that a band's pair may turn within one block, unless the finest block exceeds it."""
+    metric_mix: float = 0.1
+    """Weight of the balanced identity that is mixed into the output metric."""
+    calibrate_tokens: int = 8192
+    """Tokens of calibration text."""
+    calibrate_context: int = 512
+    """Length of the sequences the calibration text is cut into."""
+    max_positions: int | None = None
+    """Rows of the rotary table; None takes the model's own limit, or 32768 where the graph does not tell."""
+    partial: bool = False
+    """Convert the blocks that can be read even if some cannot."""
+
+    def __post_init__(self) -> None:
+        """Reject values out of range."""
+        if not 0.0 < self.budget <= 1.0:
+            raise MlaPassError(f"budget must lie in (0, 1], a fraction of the original cache; got {self.budget}")
+        if self.rank is not None and self.rank < 1:
+            raise MlaPassError(f"rank must be at least 1; got {self.rank}")
+        if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
+            raise MlaPassError(f"rope_dims must be an even number of at least 2; got {self.rope_dims}")
+        for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb)):
+            if getattr(self, name) not in get_args(kind):
+                raise MlaPassError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+        if self.finest_block < 1 or self.finest_block & (self.finest_block - 1):
+            raise MlaPassError(f"finest_block must be a power of two; got {self.finest_block}")
+        if self.block_order not in (0, 1):
+            raise MlaPassError(f"block_order must be 0 or 1; got {self.block_order}")
+        if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
+            raise MlaPassError(
+                f"calibrate_tokens must be at least calibrate_context, and that at least 2; "
+                f"got {self.calibrate_tokens} and {self.calibrate_context}"
+            )
+        if self.max_positions is not None and self.max_positions < 1:
+            raise MlaPassError(f"max_positions must be at least 1; got {self.max_positions}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file, with the format version."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any] | str) -> Self:
+        """Read what :meth:`to_json` wrote. Raises MlaPassError for another version or an unknown field."""
+        values = dict(json.loads(data) if isinstance(data, str) else data)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise MlaPassError(f"configuration of format version {version}; this mla_pass reads {FORMAT_VERSION}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise MlaPassError(f"unknown configuration field(s): {', '.join(unknown)}")
+        return cls(**values)

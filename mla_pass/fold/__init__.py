@@ -1,0 +1,265 @@
+"""From GQA to MLA: the maths, on numbers alone. Read `fold` top to bottom; each idea has a file of its own.
+
+A cached row is [c, rho]: the latent c [r], shared by keys and values, and rho [p], the key components that keep their
+own rotation. Per kv group g, with y = [k; v] of a token (k before rotation):
+
+    c = E (y - mean),  rho = A y
+    key (un-rotated part, in the op's order of dims) = key_up[g] c + key_mean[g]
+    value = value_up[g]^T c + value_mean[g]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_pass.errors import MlaPassError
+from mla_pass.fold.bands import Bands, choose_bands, no_bands, residual
+from mla_pass.fold.components import Components, rank_components
+from mla_pass.fold.latent import LowRank, low_rank
+from mla_pass.fold.pairs import Pairs, complex_metric, complex_moment, pairs_of
+from mla_pass.site import Rope
+from mla_pass.statistics import SiteStatistics
+
+__all__ = ["Geometry", "LatentWeights", "Prepared", "Recipe", "fold", "predicted_loss", "prepare"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a site: `groups` G, `head_dim` D, `value_dim` V, the rope that turns its keys, and whether a softcap
+    bends the logits (then a constant on a row's logits is no longer free)."""
+
+    groups: int
+    head_dim: int
+    value_dim: int
+    rope: Rope
+    softcap: bool = False
+
+    @property
+    def key_width(self) -> int:
+        """Key numbers per token, G*D."""
+        return self.groups * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Numbers a GQA cache keeps per token, G*(D + V)."""
+        return self.groups * (self.head_dim + self.value_dim)
+
+    @property
+    def rotary_width(self) -> int:
+        """Key numbers per token that turn, G*R: the most rope dims there can be."""
+        return self.groups * self.rope.rotary_dim
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rotation and the metric are treated; see MlaConfig for the fields."""
+
+    rope_mode: str = "block"
+    finest_block: int = 16
+    block_order: int = 1
+    band_angle: float = 1.0
+    metric_mix: float = 0.1
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """The folded site, float64. n = 2*m + u un-rotated query and key dims: m band pairs' real parts, their imaginary
+    parts, then u dims that are not turned.
+
+    `encode` [r + p, N], `encode_bias` [r + p]: row = encode @ y + encode_bias, rho = [real parts, imaginary parts].
+    `query_map` [G, D, n + p]: a query head before rope -> [un-rotated, rope real parts, rope imaginary parts].
+    `key_up` [G, n, r], `key_mean` [G, n], `value_up` [G, r, V], `value_mean` [G, V].
+    `rope_index` [p/2]: column of theta of each rope component. `bands`: the un-cached pairs.
+    `kept`: share of the metric-weighted energy that the latent keeps. `predicted`: expected squared output error.
+    """
+
+    rank: int
+    rope_dim: int
+    encode: np.ndarray
+    encode_bias: np.ndarray
+    query_map: np.ndarray
+    key_up: np.ndarray
+    key_mean: np.ndarray
+    value_up: np.ndarray
+    value_mean: np.ndarray
+    rope_index: np.ndarray
+    bands: Bands
+    kept: float
+    predicted: float
+
+    @property
+    def nope_dim(self) -> int:
+        """n, the width of the un-rotated part of the query."""
+        return int(self.key_up.shape[1])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about a site that does not depend on how the budget is split."""
+
+    geometry: Geometry
+    statistics: SiteStatistics
+    pairs: Pairs
+    metric: np.ndarray
+    bands: Bands
+    still_gain: np.ndarray
+    """[k] complex: the constant that stands for the rotation of each pair that is not turned."""
+    components: Components
+
+
+def balanced_metric(statistics: SiteStatistics, key_width: int, mix: float) -> np.ndarray:
+    """The output metric plus `mix` times an identity with the same split of the energy between keys and values.
+
+    The quadratic model alone is best when little is cut and poor when much is.
+    """
+    metric = (statistics.metric + statistics.metric.T) / 2
+    covariance = statistics.second - np.outer(statistics.mean, statistics.mean)
+    identity = np.zeros(len(metric))
+    for part in (slice(0, key_width), slice(key_width, None)):
+        loss = float(np.sum(metric[part, part] * covariance[part, part]))
+        energy = float(np.trace(covariance[part, part]))
+        identity[part] = max(loss, 0.0) / energy if energy > 0 else 0.0
+    floor = max(float(identity.max()), float(np.trace(metric)) / len(metric), np.finfo(np.float64).tiny)
+    return metric + mix * np.diag(np.maximum(identity, 1e-6 * floor))
+
+
+def still_gains(theta: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """E[exp(-j theta d)] over the attended distances d: the best constant in place of each rotation."""
+    return np.exp(-1j * np.outer(theta, np.arange(len(distance)))) @ distance
+
+
+def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> Prepared:
+    """Rank the site's rope components and lay out its bands. Raises MlaPassError when the statistics are not finite."""
+    for name in ("mean", "second", "metric", "distance"):
+        if not np.isfinite(getattr(statistics, name)).all():
+            raise MlaPassError("calibration met NaN or infinite activations; check the model's weights and dtype")
+    rope, keys = geometry.rope, slice(0, geometry.key_width)
+    pairs = pairs_of(rope, geometry.head_dim)
+    metric = balanced_metric(statistics, geometry.key_width, recipe.metric_mix)
+    if recipe.rope_mode == "block":
+        bands = choose_bands(
+            rope.theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle
+        )
+    else:
+        bands = no_bands(pairs.count)
+    gains = still_gains(rope.theta[bands.still], statistics.distance)
+    lost = np.zeros(pairs.count)
+    for index, block in zip(bands.index, bands.block, strict=True):
+        lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
+    lost[bands.still] = np.maximum(1 - np.abs(gains) ** 2, 0)
+    moment = complex_moment(statistics.second[keys, keys], pairs, geometry.groups, geometry.head_dim)
+    weight = complex_metric(metric[keys, keys], pairs, geometry.groups, geometry.head_dim)
+    return Prepared(geometry, statistics, pairs, metric, bands, gains, rank_components(moment, weight, lost))
+
+
+def remainder_map(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """rope analysis A [p, G*D] and the map [G*D, G*D] from a key to what the rope components leave of it."""
+    g, d, half = p.geometry.groups, p.geometry.head_dim, rope_dim // 2
+    c, pairs = p.components, p.pairs
+    analysis = np.zeros((2, half, g, d))
+    synthesis = np.zeros((g, d, 2, half))
+    for k in range(half):
+        re, im = pairs.re[c.pair[k]], pairs.im[c.pair[k]]
+        a, b = c.analysis[k], c.synthesis[k]
+        analysis[0, k, :, re], analysis[0, k, :, im] = a.real, -a.imag
+        analysis[1, k, :, re], analysis[1, k, :, im] = a.imag, a.real
+        synthesis[:, re, 0, k], synthesis[:, re, 1, k] = b.real, -b.imag
+        synthesis[:, im, 0, k], synthesis[:, im, 1, k] = b.imag, b.real
+    flat = analysis.reshape(rope_dim, g * d)
+    if rope_dim == p.geometry.rotary_width:
+        # Every component is cached: nothing of a rotary dim is left, to the last bit.
+        left = np.zeros(d)
+        left[pairs.rest] = 1.0
+        return flat, np.diag(np.tile(left, g))
+    return flat, np.eye(g * d) - synthesis.reshape(g * d, rope_dim) @ flat
+
+
+def code_remainder(p: Prepared, rope_dim: int) -> tuple[LowRank, np.ndarray, np.ndarray]:
+    """Low rank of [what is left of k; v] at every rank, with A [p, G*D] and the map [N, N] from y to it."""
+    analysis, keys_left = remainder_map(p, rope_dim)
+    left = np.eye(p.geometry.width)
+    left[: p.geometry.key_width, : p.geometry.key_width] = keys_left
+    covariance = p.statistics.second - np.outer(p.statistics.mean, p.statistics.mean)
+    return low_rank(left @ covariance @ left.T, p.metric), analysis, left
+
+
+def predicted_loss(p: Prepared, rope_dim: int, ranks: np.ndarray) -> np.ndarray:
+    """Expected squared output error for each of `ranks` beside `rope_dim` rotated numbers."""
+    energy = code_remainder(p, rope_dim)[0].energy
+    tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
+    return tail[ranks] + p.components.loss[rope_dim // 2 :].sum()
+
+
+def query_side(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """query_map [G, D, n + p], and the complex-linear key map [n, D] that belongs to it (gains applied)."""
+    g, d, half = p.geometry.groups, p.geometry.head_dim, rope_dim // 2
+    pairs, bands, c = p.pairs, p.bands, p.components
+    everything = rope_dim == p.geometry.rotary_width
+    index = np.zeros(0, np.int64) if everything else bands.index
+    still = np.zeros(0, np.int64) if everything else bands.still
+    order = np.concatenate([pairs.re[index], pairs.im[index], pairs.re[still], pairs.im[still], pairs.rest])
+    n = len(order)
+    keys = np.zeros((n, d))
+    keys[np.arange(n), order] = 1.0
+    if len(still):
+        k, at = len(still), 2 * len(index)
+        gain = np.diag(p.still_gain)
+        re, im = keys[at : at + k].copy(), keys[at + k : at + 2 * k].copy()
+        keys[at : at + k] = gain.real @ re - gain.imag @ im
+        keys[at + k : at + 2 * k] = gain.imag @ re + gain.real @ im
+    scaling = p.geometry.rope.attention_scaling**2  # on both q and k, but only where they turn
+    query = np.zeros((g, d, n + rope_dim))
+    query[:, order, np.arange(n)] = scaling
+    query[:, pairs.rest, np.arange(n - len(pairs.rest), n)] = 1.0
+    for k in range(half):
+        re, im = pairs.re[c.pair[k]], pairs.im[c.pair[k]]
+        b = c.synthesis[k].conj() * scaling
+        query[:, re, n + k], query[:, im, n + k] = b.real, -b.imag
+        query[:, re, n + half + k], query[:, im, n + half + k] = b.imag, b.real
+    return query, keys
+
+
+def fold(p: Prepared, rank: int, rope_dim: int) -> LatentWeights:
+    """Fold a prepared site to a latent of `rank` numbers beside `rope_dim` rotated ones.
+
+    Raises MlaPassError when the row would be wider than what it replaces.
+    """
+    geo = p.geometry
+    if not 1 <= rank <= geo.width or not 0 <= rope_dim <= geo.rotary_width:
+        raise MlaPassError(
+            f"a latent of rank {rank} with {rope_dim} rope dims does not fit this block: "
+            f"rank must lie in 1..{geo.width} and rope dims in 0..{geo.rotary_width}"
+        )
+    code, analysis, left = code_remainder(p, rope_dim)
+    query_map, key_map = query_side(p, rope_dim)
+    encode_latent, decode = code.encode[:rank] @ left, code.decode[:, :rank]
+    mean = left @ p.statistics.mean
+    split = geo.key_width
+    keys = key_map @ np.concatenate([decode, mean[:, None]], axis=1)[:split].reshape(geo.groups, geo.head_dim, rank + 1)
+    key_mean = keys[:, :, rank].copy()
+    if not geo.softcap:
+        # The same number on every logit of a row changes nothing: only what turns with its block matters.
+        turning = 0 if rope_dim == geo.rotary_width else 2 * len(p.bands.index)
+        key_mean[:, turning:] = 0.0
+    values = decode[split:].reshape(geo.groups, geo.value_dim, rank).swapaxes(1, 2)
+    encode = np.concatenate([encode_latent, np.pad(analysis, ((0, 0), (0, geo.width - split)))])
+    bias = np.concatenate([-encode_latent @ p.statistics.mean, np.zeros(rope_dim)])
+    full = rope_dim == geo.rotary_width
+    total = float(code.energy.sum())
+    return LatentWeights(
+        rank=rank,
+        rope_dim=rope_dim,
+        encode=encode,
+        encode_bias=bias,
+        query_map=query_map,
+        key_up=keys[:, :, :rank].copy(),
+        key_mean=key_mean,
+        value_up=values.copy(),
+        value_mean=mean[split:].reshape(geo.groups, geo.value_dim),
+        rope_index=p.components.pair[: rope_dim // 2],
+        bands=no_bands(0) if full else p.bands,
+        kept=float(code.energy[:rank].sum() / total) if total else 1.0,
+        predicted=float(code.energy[rank:].sum() + p.components.loss[rope_dim // 2 :].sum()),
+    )

@@ -1,0 +1,80 @@
+"""Block-rotary bands: the rotation of un-cached key components, applied on the query's side block by block.
+
+For a block of B rows starting at row b*B, the rotation of row s at frequency theta is replaced by
+
+    exp(j theta s)  ->  exp(j theta centre_b) * (a0 + j a1 delta),    delta = s - centre_b,  centre_b = b*B + (B - 1)/2
+
+with a0, a1 the least-squares fit of exp(j theta delta) over the block. The left factor is the same for a whole block,
+so it moves to the query, and the cache holds only un-rotated numbers. A frequency's B is a power of two with
+theta * B <= band_angle where it can be; pairs that turn too far within the finest block stay un-rotated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# An octave costs little arithmetic, but every level costs a dozen stock operators: two octaves a level.
+LEVEL_RATIO = 4
+COARSEST_BLOCK = 4096
+# Beyond these angles within a block the fit of that order is no better than not turning at all.
+MAX_ANGLE = {0: np.pi, 1: 2 * np.pi}
+
+
+@dataclass(frozen=True)
+class Bands:
+    """The un-cached rotary pairs. `index` [m] columns of the rope's theta, finest blocks first; `block`, `a0`, `a1` [m].
+
+    `still` [k]: columns of the pairs that are not turned at all.
+    """
+
+    index: np.ndarray
+    block: np.ndarray
+    a0: np.ndarray
+    a1: np.ndarray
+    still: np.ndarray
+
+    @property
+    def levels(self) -> list[tuple[int, int, int]]:
+        """(block size, first pair, end pair) of every run of equal block size, finest first."""
+        edges = [0, *(np.flatnonzero(np.diff(self.block)) + 1).tolist(), len(self.block)]
+        return [(int(self.block[a]), a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+
+def fit(theta: float, block: int, order: int) -> tuple[float, float]:
+    """a0, a1 of the least-squares fit of exp(j theta delta) by a0 + j a1 delta over one block of rows."""
+    delta = np.arange(block) - (block - 1) / 2
+    a0 = float(np.cos(theta * delta).mean())
+    if order == 0 or block == 1:
+        return a0, 0.0
+    return a0, float((delta * np.sin(theta * delta)).mean() / (delta**2).mean())
+
+
+def residual(theta: float, block: int, order: int) -> float:
+    """Mean of |exp(j theta delta) - fit|^2 over a block: what the band loses of a component's energy."""
+    delta = np.arange(block) - (block - 1) / 2
+    a0, a1 = fit(theta, block, order)
+    return float((np.abs(np.exp(1j * theta * delta) - (a0 + 1j * a1 * delta)) ** 2).mean())
+
+
+def choose_bands(theta: np.ndarray, *, finest: int, order: int, band_angle: float) -> Bands:
+    """Block size and fit of every frequency in `theta` [R/2] (radians per row)."""
+    block = np.zeros(len(theta), dtype=np.int64)
+    for i, t in enumerate(np.abs(theta)):
+        size = finest
+        while size * LEVEL_RATIO <= max(COARSEST_BLOCK, finest) and size * LEVEL_RATIO * t <= band_angle:
+            size *= LEVEL_RATIO
+        # A block of one row is exact at any angle.
+        block[i] = size if size == 1 or size * t <= MAX_ANGLE[order] else 0
+    still = np.flatnonzero(block == 0)
+    index = np.flatnonzero(block)
+    index = index[np.argsort(block[index], kind="stable")]
+    fits = np.array([fit(float(theta[i]), int(block[i]), order) for i in index]).reshape(-1, 2)
+    return Bands(index, block[index], fits[:, 0], fits[:, 1], still)
+
+
+def no_bands(pair_count: int) -> Bands:
+    """Every un-cached pair stays un-rotated."""
+    empty = np.zeros(0)
+    return Bands(np.zeros(0, np.int64), np.zeros(0, np.int64), empty, empty, np.arange(pair_count))

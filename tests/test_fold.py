@@ -1,0 +1,211 @@
+"""The fold against grouped-query attention written out in float64: exact where it claims to be, and close where not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mla_pass.errors import MlaPassError
+from mla_pass.fold import Geometry, Prepared, Recipe, fold, predicted_loss, prepare
+from mla_pass.fold.bands import fit, residual
+from mla_pass.reference import attend, rows
+from mla_pass.site import Rope
+from mla_pass.statistics import SiteStatistics
+
+G, H, D, V, T, S = 2, 6, 16, 12, 90, 5
+
+
+def rope_of(rotary: int = D, interleaved: bool = False, scaling: float = 1.0, base: float = 1e4) -> Rope:
+    theta = base ** (-np.arange(rotary // 2) / (rotary // 2))
+    return Rope(theta, rotary, interleaved, scaling, None)
+
+
+def rotate(x: np.ndarray, position: np.ndarray, rope: Rope) -> np.ndarray:
+    """RoPE by rotation matrices on [T, heads, D], as the original models define it."""
+    out = x.copy()
+    half = rope.rotary_dim // 2
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + half)
+        c, s = np.cos(rope.theta[i] * position), np.sin(rope.theta[i] * position)
+        c, s = rope.attention_scaling * c[:, None], rope.attention_scaling * s[:, None]
+        out[..., a], out[..., b] = x[..., a] * c - x[..., b] * s, x[..., a] * s + x[..., b] * c
+    return out
+
+
+def gqa(q: np.ndarray, k: np.ndarray, v: np.ndarray, keep: np.ndarray, rope: Rope, scale: float, softcap: float):
+    """Grouped-query attention, float64: q [S, H, D] are the last rows of k [T, G, D], v [T, G, V]."""
+    position = np.arange(len(k))
+    q, k = rotate(q, position[-len(q) :], rope), rotate(k, position, rope)
+    out = np.zeros((len(q), q.shape[1], v.shape[2]))
+    for h in range(q.shape[1]):
+        g = h // (q.shape[1] // k.shape[1])
+        scores = scale * q[:, h] @ k[:, g].T
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
+        scores = np.where(keep, scores, -np.inf)
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        out[:, h] = p / p.sum(1, keepdims=True) @ v[:, g]
+    return out
+
+
+class Case:
+    """Correlated random tokens with a large mean, as real keys have, and their statistics."""
+
+    def __init__(self, rope: Rope, seed: int = 0, *, noise: float = 0.05) -> None:
+        rng = np.random.default_rng(seed)
+        width = G * (D + V)
+        basis = rng.standard_normal((width // 3, width))
+        mean = 2 * rng.standard_normal(width)
+        draw = lambda n: (
+            rng.standard_normal((n, width // 3)) @ basis / 4 + mean + noise * rng.standard_normal((n, width))
+        )
+        y, self.y = draw(4000), draw(T)
+        gamma = rng.standard_normal((4000, width)) * rng.uniform(0.3, 3, width)
+        self.q = rng.standard_normal((S, H, D))
+        self.rope, self.geometry = rope, Geometry(G, D, V, rope)
+        distance = np.exp(-np.arange(T) / 20)
+        self.statistics = SiteStatistics(
+            4000, y.mean(0), y.T @ y / 4000, gamma.T @ gamma / 4000, distance / distance.sum()
+        )
+        self.keep = np.arange(T)[None, :] <= np.arange(T - S, T)[:, None]
+
+    def original(self, softcap: float = 0.0) -> np.ndarray:
+        k, v = self.y[:, : G * D].reshape(T, G, D), self.y[:, G * D :].reshape(T, G, V)
+        return gqa(self.q, k, v, self.keep, self.rope, 0.2, softcap)
+
+    def latent(self, rank: int, rope_dim: int, recipe: Recipe = Recipe(), softcap: float = 0.0) -> np.ndarray:  # noqa: B008
+        geometry = replace(self.geometry, softcap=softcap > 0)
+        w = fold(prepare(geometry, self.statistics, recipe), rank, rope_dim)
+        position = np.arange(T)
+        cache = rows(w, self.rope.theta, self.y, position)
+        return attend(w, self.rope.theta, self.q, cache, position[-S:], self.keep, scale=0.2, softcap=softcap)
+
+    def error(self, rank: int, rope_dim: int, recipe: Recipe = Recipe()) -> float:  # noqa: B008
+        want = self.original()
+        return float(np.abs(self.latent(rank, rope_dim, recipe) - want).max() / np.abs(want).max())
+
+
+ROPES = {
+    "half": rope_of(),
+    "interleaved": rope_of(interleaved=True),
+    "partial": rope_of(rotary=8),
+    "scaled": rope_of(scaling=1.3),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_full_size_is_exact(rope: Rope, softcap: float) -> None:
+    case = Case(rope)
+    full = G * rope.rotary_dim
+    got = case.latent(case.geometry.width - full, full, softcap=softcap)
+    np.testing.assert_allclose(got, case.original(softcap), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("rope_dim", [0, 4])
+def test_blocks_of_one_row_are_exact(rope: Rope, order: int, rope_dim: int) -> None:
+    # Every pair in its own one-row block: no approximation is left but the rank, and that is full.
+    case = Case(rope)
+    recipe = Recipe(finest_block=1, block_order=order, band_angle=1e-9)
+    np.testing.assert_allclose(case.latent(case.geometry.width, rope_dim, recipe), case.original(), rtol=0, atol=1e-9)
+
+
+def test_bands_beat_no_rotation_and_order_one_beats_order_zero() -> None:
+    slow = replace(rope_of(), theta=rope_of().theta / 8)  # no pair too fast for the finest block
+    case = Case(slow)
+    full = case.geometry.width
+    extend = case.error(full, 4, Recipe(rope_mode="extend"))
+    order0 = case.error(full, 4, Recipe(block_order=0))
+    order1 = case.error(full, 4, Recipe(block_order=1))
+    assert order1 < 0.2 * order0 < 0.2 * 0.5 * extend
+
+
+def test_error_does_not_grow_with_distance() -> None:
+    # The promise of block rotation: bounded error at any distance, where leaving the rotation off drifts.
+    theta, far = 0.02, np.arange(100_000, 100_064)
+    block, start = 64, far // 64 * 64
+    a0, a1 = fit(theta, block, 1)
+    centre = start + (block - 1) / 2
+    approx = np.exp(1j * theta * centre) * (a0 + 1j * a1 * (far - centre))
+    worst = np.abs(approx - np.exp(1j * theta * far)).max()
+    assert worst < (theta * block / 2) ** 2 / 2
+    assert residual(theta, block, 1) == pytest.approx(np.mean(np.abs(approx - np.exp(1j * theta * far)) ** 2))
+
+
+def test_the_worst_reproduced_components_are_cached() -> None:
+    case = Case(rope_of())
+    p = prepare(case.geometry, case.statistics, Recipe(rope_mode="extend"))
+    assert (np.diff(p.components.loss) <= 0).all()
+    best = case.error(case.geometry.width, 8, Recipe(rope_mode="extend"))
+    flipped = replace(p, components=type(p.components)(*(a[::-1] for a in vars(p.components).values())))
+    w = fold(flipped, case.geometry.width, 8)
+    cache = rows(w, case.rope.theta, case.y, np.arange(T))
+    got = attend(w, case.rope.theta, case.q, cache, np.arange(T)[-S:], case.keep, scale=0.2)
+    worst = np.abs(got - case.original()).max() / np.abs(case.original()).max()
+    assert best < 0.7 * worst
+
+
+def test_repeat_rotates_every_key_and_compresses_values_only() -> None:
+    case = Case(rope_of(), noise=0.0)
+    recipe = Recipe(rope_mode="repeat")
+    w = fold(prepare(case.geometry, case.statistics, recipe), 8, G * D)
+    assert w.nope_dim == 0 and w.key_up.size == 0
+    # 17 directions carry all tokens, of which values alone need at most that many.
+    assert case.error(G * V, G * D, recipe) < 1e-9 < case.error(4, G * D, recipe)
+
+
+def test_centring_is_free() -> None:
+    # The mean lies far outside the span of the centred data: without centring it would eat rank.
+    case = Case(rope_of(), noise=0.0)
+    recipe = Recipe(finest_block=1, band_angle=1e-9)
+    assert case.error(G * (D + V) // 3, 4, recipe) < 1e-6
+    off = replace(case.statistics, mean=np.zeros_like(case.statistics.mean))
+    case.statistics = off
+    assert case.error(G * (D + V) // 3, 4, recipe) > 1e-3
+
+
+def test_prediction_orders_ranks_and_matches_fold() -> None:
+    case = Case(rope_of())
+    p = prepare(case.geometry, case.statistics, Recipe())
+    ranks = np.array([4, 8, 16, 32])
+    loss = predicted_loss(p, 6, ranks)
+    assert (np.diff(loss) <= 0).all()
+    assert fold(p, 16, 6).predicted == pytest.approx(loss[2])
+
+
+def test_better_metric_gives_smaller_weighted_error() -> None:
+    # Eckart-Young in the metric: no other code of the same rank does better on it, plain PCA included.
+    case = Case(rope_of(), noise=0.5)
+    recipe = Recipe(metric_mix=1e-3, finest_block=1)  # finest block 1: no pair is left still
+    plain = replace(case.statistics, metric=np.eye(case.geometry.width))
+    ours, pca = (prepare(case.geometry, s, recipe) for s in (case.statistics, plain))
+
+    def weighted(p: Prepared) -> float:
+        w = fold(p, 12, 0)
+        decode = np.zeros((case.geometry.width, 12))
+        order = np.concatenate([p.pairs.re[p.bands.index], p.pairs.im[p.bands.index]])
+        for g in range(G):
+            decode[g * D + order] = w.key_up[g]
+            decode[G * D + g * V : G * D + (g + 1) * V] = w.value_up[g].T
+        miss = np.eye(case.geometry.width) - decode @ w.encode[:12]
+        covariance = case.statistics.second - np.outer(case.statistics.mean, case.statistics.mean)
+        return float(np.trace(ours.metric @ miss @ covariance @ miss.T))
+
+    assert weighted(ours) < 0.98 * weighted(pca)
+
+
+@pytest.mark.parametrize(("rank", "rope_dim"), [(0, 4), (57, 4), (8, 34)])
+def test_impossible_sizes_are_refused(rank: int, rope_dim: int) -> None:
+    case = Case(rope_of())
+    with pytest.raises(MlaPassError, match="rank must lie in 1..56"):
+        fold(prepare(case.geometry, case.statistics, Recipe()), rank, rope_dim)
+
+
+def test_nan_statistics_are_refused() -> None:
+    case = Case(rope_of())
+    case.statistics.second[3, 4] = np.nan
+    with pytest.raises(MlaPassError, match="NaN or infinite"):
+        prepare(case.geometry, case.statistics, Recipe())
