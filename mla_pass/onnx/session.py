@@ -1,0 +1,460 @@
+"""Running a model on plain ONNX Runtime: what its cache is, and a decoder that keeps that cache in place.
+
+Original and converted models are read the same way, from the graph's inputs and outputs alone:
+
+- integer inputs are tokens: ``input_ids`` [B, S], ``attention_mask`` [B, T], ``position_ids`` [B, S];
+- floating-point inputs of rank 4, [B, heads, rows, width], are the cache; so are the outputs of that kind;
+- the output left over is the logits [B, S, vocab].
+
+Cache inputs pair with cache outputs by what follows the first dot of their names where that is one to one
+(``past.3.latent``, ``present.3.latent``), by order otherwise; heads, width and element type of a pair must agree.
+A pair whose two row dimensions carry one symbol is *shared*: a buffer of `capacity` rows, of which the graph writes
+rows P..T-1. Any other pair is *growing*: present = past followed by the new rows. A model may hold both kinds, as one
+that was converted in part does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from mla_pass.errors import MlaPassError
+
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+CPU = "CPUExecutionProvider"
+
+_FLOATS: dict[str, np.dtype] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(double)": np.dtype(np.float64),
+}
+_INTEGERS: dict[str, np.dtype] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
+_DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda"}
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One cache tensor of the graph, [B, heads, rows, width]."""
+
+    past: str
+    """Name of the graph input."""
+    present: str
+    """Name of the graph output."""
+    heads: int
+    width: int
+    dtype: np.dtype
+    kind: Literal["growing", "shared"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one row of one sequence takes."""
+        return self.heads * self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """All cache tensors of a model, in the order of its inputs."""
+
+    tensors: tuple[CacheTensor, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token of one sequence takes over all layers."""
+        return sum(tensor.bytes_per_token for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ModelSession:
+    """An open model; made by :func:`session`."""
+
+    ort: Any
+    """The plain ``onnxruntime.InferenceSession``."""
+    path: Path
+    """The .onnx file."""
+    cache: CacheSpec
+    tokens: dict[str, np.dtype]
+    """Token inputs the graph has, and their integer types."""
+    logits_name: str
+    logits_dtype: np.dtype
+    vocab: int | None
+    """Size of the logits, where the graph states it."""
+    max_position: int | None
+    """Number of positions the model was made for, where its metadata states it."""
+    device: str
+    """Where the cache lives: ``cpu`` or ``cuda``."""
+
+    @property
+    def folder(self) -> Path:
+        """Where tokenizer and configuration lie."""
+        return self.path.parent
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes of one token of one sequence, from the graph's own shapes."""
+        return self.cache.bytes_per_token
+
+    def logits(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> np.ndarray:
+        """Forward pass over an empty cache.
+
+        `input_ids` [B, S] or [S]; `attention_mask` [B, S], 1 where a token may be attended (default: everywhere).
+        Returns float32 [B, S, vocab]. Raises MlaPassError for ids that are not integers of the vocabulary.
+        """
+        ids = as_ids(input_ids, self.vocab)
+        return Decoder(self, ids.shape[0], ids.shape[1]).forward(ids, attention_mask)
+
+
+def session(
+    folder: str | Path, *, threads: int | None = None, providers: Sequence[str] = (CPU,)
+) -> ModelSession:
+    """Open ``folder/model.onnx`` (or a path to an .onnx file) with ONNX Runtime.
+
+    `threads` bounds the threads inside an operator; None leaves the choice to ONNX Runtime. `providers` are
+    execution provider names, best first; the cache lives on the device of the first.
+    Raises MlaPassError when the file is missing or cannot be run, when a provider asked for is not available, or when
+    the graph's inputs and outputs are not those of a language model with a flat cache.
+    """
+    path = model_path(folder)
+    if threads is not None and threads < 1:
+        raise MlaPassError(f"threads is {threads}; expected a number of at least 1, or none to let ONNX Runtime choose")
+    runtime = _onnxruntime()
+    options = runtime.SessionOptions()
+    # Warnings speak of graph clean-up that no user can act on. Errors are logged *and* come back, as an exception
+    # or, for a provider that is not there, in get_providers(): both are told below, once. What is left is fatal.
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    unknown = [name for name in providers if name not in runtime.get_available_providers()]
+    if unknown or not providers:
+        raise MlaPassError(
+            f"execution providers {list(providers)}: this ONNX Runtime offers {runtime.get_available_providers()}; "
+            "choose among these, or install the extra mla-pass[cuda] in place of mla-pass[cpu] for CUDA"
+        )
+    with ort_errors(f"ONNX Runtime {runtime.__version__} cannot open {path}"):
+        ort = runtime.InferenceSession(str(path), options, providers=list(providers))
+    missing = [name for name in providers if name not in ort.get_providers()]
+    if missing:
+        raise MlaPassError(
+            f"ONNX Runtime could not start {missing} and fell back to {ort.get_providers()}; "
+            "check that the driver and the CUDA libraries are installed, or leave the provider out"
+        )
+    return _describe(ort, path, _DEVICES.get(providers[0], "cpu"))
+
+
+def model_path(folder: str | Path) -> Path:
+    """The .onnx file that `folder` (a folder, or the file itself) stands for."""
+    path = Path(folder)
+    if path.is_dir():
+        path = path / "model.onnx"
+    if not path.is_file():
+        raise MlaPassError(f"{path} does not exist; expected a model folder with model.onnx in it, or an .onnx file")
+    return path
+
+
+def read_ports(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[CacheSpec, dict[str, np.dtype], Any]:
+    """Sort a graph's inputs and outputs (objects with name, shape and type) as the module's docstring says.
+
+    Returns the cache, the token inputs with their types, and the output that is the logits.
+    """
+    pasts = [port for port in inputs if port.type in _FLOATS and len(port.shape) == 4]
+    presents = [port for port in outputs if port.type in _FLOATS and len(port.shape) == 4]
+    rest = [port for port in inputs if port not in pasts]
+    for port in rest:
+        if port.name not in TOKEN_INPUTS or port.type not in _INTEGERS:
+            raise MlaPassError(
+                f"graph input {port.name} is {port.type} {port.shape}; expected integers named one of "
+                f"{', '.join(TOKEN_INPUTS)} or a cache of floats [batch, heads, rows, width]; export the model with "
+                "mla-pass export"
+            )
+    logits = [port for port in outputs if port not in presents]
+    if len(logits) != 1 or logits[0].type not in _FLOATS or len(logits[0].shape) != 3:
+        found = ", ".join(f"{port.name} {port.type} {port.shape}" for port in logits) or "none"
+        raise MlaPassError(f"beside the cache the graph's outputs are: {found}; expected logits [batch, tokens, vocab]")
+    if "input_ids" not in {port.name for port in rest}:
+        raise MlaPassError("the graph has no input input_ids; expected a model that reads token ids")
+    tokens = {port.name: _INTEGERS[port.type] for port in rest}
+    return CacheSpec(tuple(_pair(past, present) for past, present in _pairs(pasts, presents))), tokens, logits[0]
+
+
+def _pairs(pasts: list[Any], presents: list[Any]) -> list[tuple[Any, Any]]:
+    if len(pasts) != len(presents):
+        raise MlaPassError(
+            f"the graph has {len(pasts)} cache inputs and {len(presents)} cache outputs; expected one output an input"
+        )
+    by_tail = {port.name.partition(".")[2]: port for port in presents}
+    tails = [port.name.partition(".")[2] for port in pasts]
+    if len(by_tail) == len(presents) and set(tails) == set(by_tail):
+        return [(past, by_tail[tail]) for past, tail in zip(pasts, tails, strict=True)]
+    return list(zip(pasts, presents, strict=True))
+
+
+def _pair(past: Any, present: Any) -> CacheTensor:
+    heads, rows, width = past.shape[1:]
+    if not (isinstance(heads, int) and isinstance(width, int)) or isinstance(rows, int):
+        raise MlaPassError(
+            f"cache input {past.name} has shape {past.shape}; expected fixed heads and width and a dynamic number of "
+            "rows, [batch, heads, rows, width]"
+        )
+    if present.type != past.type or present.shape[1] != heads or present.shape[3] != width:
+        raise MlaPassError(
+            f"cache input {past.name} {past.type} {past.shape} meets output {present.name} {present.type} "
+            f"{present.shape}; expected equal types, heads and widths"
+        )
+    shared = rows is not None and rows == present.shape[2]
+    return CacheTensor(past.name, present.name, heads, width, _FLOATS[past.type], "shared" if shared else "growing")
+
+
+def _describe(ort: Any, path: Path, device: str) -> ModelSession:
+    cache, tokens, logits = read_ports(ort.get_inputs(), ort.get_outputs())
+    limit = ort.get_modelmeta().custom_metadata_map.get("mla_pass.max_position")
+    vocab = logits.shape[2]
+    return ModelSession(
+        ort=ort,
+        path=path,
+        cache=cache,
+        tokens=tokens,
+        logits_name=logits.name,
+        logits_dtype=_FLOATS[logits.type],
+        vocab=vocab if isinstance(vocab, int) else None,
+        max_position=int(limit) if limit is not None else None,
+        device=device,
+    )
+
+
+class Decoder:
+    """A session with a live cache: feed tokens, get logits; the cache never passes through numpy.
+
+    A shared tensor is one OrtValue of `capacity` rows, allocated here once and bound as input and output of every run.
+    A growing tensor is whatever OrtValue the last run returned, bound as the next run's input. `capacity` bounds the
+    tokens per sequence for both.
+    """
+
+    def __init__(self, session: ModelSession, batch: int, capacity: int) -> None:
+        if batch < 1 or capacity < 1:
+            raise MlaPassError(f"batch is {batch} and capacity {capacity}; expected at least 1 of each")
+        self.session = session
+        self.batch = batch
+        self.capacity = capacity
+        self.length = 0
+        """Tokens per sequence the cache holds, padding included."""
+        self.cache: dict[str, Any] = {}
+        """The live OrtValue of each cache tensor, by the name of its input."""
+        self._mask = np.ones((batch, 0), np.int64)
+        for tensor in session.cache.tensors:
+            rows = capacity if tensor.kind == "shared" else 0
+            self.cache[tensor.past] = self._allocate(tensor, rows)
+
+    def reset(self) -> None:
+        """Forget all tokens. Shared buffers stay allocated; rows that are not counted are never read."""
+        self.length = 0
+        self._mask = np.ones((self.batch, 0), np.int64)
+        for tensor in self.session.cache.tensors:
+            if tensor.kind == "growing":
+                self.cache[tensor.past] = self._allocate(tensor, 0)
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+    ) -> np.ndarray:
+        """Append tokens [B, S] and return their logits, float32 [B, S, vocab].
+
+        `attention_mask` [B, T] covers all tokens, cached ones first; without it the new tokens are attended and
+        earlier ones stay as they were. `position_ids` [B, S] default to the count of attended tokens before each.
+        """
+        return self._run(input_ids, attention_mask, position_ids, last_only=False)
+
+    def prefill(
+        self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None, chunk: int | None = None
+    ) -> np.ndarray:
+        """Append a prompt [B, S], `chunk` tokens a run (all at once by default); logits of its last token [B, vocab].
+
+        `attention_mask` is [B, T] as in :meth:`forward`.
+        """
+        if chunk is not None and chunk < 1:
+            raise MlaPassError(f"the prefill chunk is {chunk}; expected at least 1 token")
+        ids = as_ids(input_ids, self.session.vocab)
+        mask = self._full_mask(ids, attention_mask)
+        size, start = chunk or ids.shape[1], self.length
+        for first in range(0, ids.shape[1], size):
+            piece = ids[:, first : first + size]
+            last = self._run(piece, mask[:, : start + first + piece.shape[1]], None, last_only=True)
+        return last[:, 0]
+
+    def step(self, tokens: npt.ArrayLike) -> np.ndarray:
+        """Append one token to each sequence, [B]; returns logits [B, vocab]."""
+        ids = np.asarray(tokens)
+        if ids.shape != (self.batch,):
+            raise MlaPassError(f"a step was given tokens of shape {ids.shape}; expected ({self.batch},), one each")
+        return self._run(ids[:, None], None, None, last_only=True)[:, 0]
+
+    def cache_bytes_per_token(self) -> float:
+        """Bytes of the live cache tensors over the rows they have room for and the batch, summed over tensors.
+
+        Measured on the OrtValues themselves. 0 before the first token of a model whose cache grows.
+        """
+        live = [(value.tensor_size_in_bytes(), value.shape()[2]) for value in self.cache.values()]
+        return sum(size / rows for size, rows in live if rows) / self.batch
+
+    def _run(
+        self,
+        input_ids: npt.ArrayLike,
+        attention_mask: npt.ArrayLike | None,
+        position_ids: npt.ArrayLike | None,
+        last_only: bool,
+    ) -> np.ndarray:
+        ids = as_ids(input_ids, self.session.vocab)
+        mask = self._full_mask(ids, attention_mask)
+        positions = self._positions(ids, mask, position_ids)
+        binding = self._bind({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+        with ort_errors(f"ONNX Runtime could not run {self.session.path}"):
+            self.session.ort.run_with_iobinding(binding)
+        logits, *grown = binding.get_outputs()
+        # The binding holds the old cache, and the new values hold the binding: let the old cache go now.
+        binding.clear_binding_inputs()
+        for tensor, value in zip(self._growing(), grown, strict=True):
+            self.cache[tensor.past] = value
+        self.length, self._mask = mask.shape[1], mask
+        values = host_view(logits, self.session.logits_dtype)
+        return (values[:, -1:] if last_only else values).astype(np.float32)
+
+    def _bind(self, feeds: dict[str, np.ndarray]) -> Any:
+        """A fresh binding each run: values got from a binding change under us when that binding is bound anew."""
+        session, device = self.session, self.session.device
+        binding = session.ort.io_binding()
+        for name, dtype in session.tokens.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], dtype))
+        binding.bind_output(session.logits_name, "cpu")
+        for tensor in self._growing():
+            binding.bind_output(tensor.present, device)
+        for tensor in session.cache.tensors:
+            value = self.cache[tensor.past]
+            binding.bind_ortvalue_input(tensor.past, value)
+            if tensor.kind == "shared":
+                binding.bind_ortvalue_output(tensor.present, value)
+        return binding
+
+    def _growing(self) -> list[CacheTensor]:
+        return [tensor for tensor in self.session.cache.tensors if tensor.kind == "growing"]
+
+    def _full_mask(self, ids: np.ndarray, attention_mask: npt.ArrayLike | None) -> np.ndarray:
+        batch, new = ids.shape
+        total = self.length + new
+        if batch != self.batch:
+            raise MlaPassError(f"input_ids hold {batch} sequences; this decoder was made for {self.batch}")
+        if total > self.capacity:
+            raise MlaPassError(
+                f"{self.length} cached and {new} new tokens exceed the cache's {self.capacity} rows; "
+                "ask for a larger capacity"
+            )
+        if self.length and not self.session.cache.tensors:
+            raise MlaPassError(f"{self.session.path} has no cache inputs; it can only be run once, from empty")
+        if attention_mask is None:
+            return np.concatenate([self._mask, np.ones((batch, new), np.int64)], axis=1)
+        mask = np.asarray(attention_mask)
+        if mask.shape != (batch, total):
+            raise MlaPassError(
+                f"attention_mask has shape {mask.shape}; expected {(batch, total)}: every cached and new token"
+            )
+        if not np.isin(mask, (0, 1)).all():
+            raise MlaPassError("attention_mask holds other values than 0 (hidden) and 1 (attended)")
+        if "attention_mask" not in self.session.tokens and not mask.all():
+            raise MlaPassError(f"{self.session.path} has no attention_mask input; it cannot run padded sequences")
+        return mask.astype(np.int64)
+
+    def _positions(self, ids: np.ndarray, mask: np.ndarray, position_ids: npt.ArrayLike | None) -> np.ndarray:
+        if position_ids is None:
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, self.length :]
+        else:
+            positions = np.asarray(position_ids)
+            if positions.shape != ids.shape or not np.issubdtype(positions.dtype, np.integer):
+                raise MlaPassError(
+                    f"position_ids are {positions.dtype} {positions.shape}; expected integers {ids.shape}"
+                )
+        limit = self.session.max_position
+        if limit is not None and positions.size and positions.max() >= limit:
+            raise MlaPassError(
+                f"position {positions.max()} lies beyond the model's {limit} positions; give it fewer tokens"
+            )
+        return positions
+
+    def _allocate(self, tensor: CacheTensor, rows: int) -> Any:
+        """Zeros on the CPU; on another device rows as they come, which is fine as nobody reads a row not written."""
+        value = _onnxruntime().OrtValue.ortvalue_from_shape_and_type(
+            [self.batch, tensor.heads, rows, tensor.width],
+            int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)),
+            self.session.device,
+        )
+        if rows and self.session.device == "cpu":
+            ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        return value
+
+
+def as_ids(input_ids: npt.ArrayLike, vocab: int | None) -> np.ndarray:
+    """Token ids as int64 [B, S] (a flat list is one sequence), each checked against the vocabulary."""
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError as error:
+        raise MlaPassError("token ids are ragged; expected sequences of one length (pad them on the left)") from error
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        raise MlaPassError(f"token ids are {ids.dtype} of shape {ids.shape}; expected integers [batch, tokens]")
+    if ids.min() < 0 or (vocab is not None and ids.max() >= vocab):
+        top = "the vocabulary" if vocab is None else str(vocab - 1)
+        raise MlaPassError(f"token ids run from {ids.min()} to {ids.max()}; expected 0 to {top}")
+    return ids.astype(np.int64)
+
+
+def host_view(value: Any, dtype: np.dtype) -> np.ndarray:
+    """An OrtValue in host memory as an array, without a copy (numpy has no bfloat16, so .numpy() cannot serve).
+
+    The array is valid while the value lives.
+    """
+    shape = tuple(value.shape())
+    size = int(np.prod(shape)) * dtype.itemsize
+    if size == 0:
+        return np.zeros(shape, dtype)
+    return np.frombuffer((ctypes.c_char * size).from_address(value.data_ptr()), dtype).reshape(shape)
+
+
+@contextmanager
+def ort_errors(doing: str) -> Iterator[None]:
+    """Turn what ONNX Runtime raises into one sentence that starts with `doing`."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.NoModel,
+        state.NotImplemented, state.RuntimeException, state.EPFail, state.EngineError,
+    )  # fmt: skip
+    try:
+        yield
+    except kinds as error:
+        told = str(error).strip()
+        advice = ""
+        if isinstance(error, state.NotImplemented):
+            advice = "; this provider has no kernel for the model's element type: export it as float32"
+        elif isinstance(error, state.InvalidProtobuf):
+            advice = "; expected an ONNX model"
+        raise MlaPassError(f"{doing}: {told.splitlines()[0] if told else type(error).__name__}{advice}") from error
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MlaPassError(
+            "running a model needs ONNX Runtime; install the extra: pip install 'mla-pass[cpu]' (or mla-pass[cuda])"
+        ) from error
+    return onnxruntime
