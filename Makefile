@@ -1,0 +1,56 @@
+# make demo        everything from download to a report, on a real model
+# make test        lint, types and the test suite
+# make slow-test   the tests that need minutes or a real model
+# make lint        ruff and mypy alone
+# make clean       remove the environment, builds, caches and what the demo wrote
+#
+# PYTHON=python3.12   the interpreter to make the environment from
+# PIP_ARGS=...        extra arguments for pip install, e.g. an index that has the CPU build of torch
+# TEST_ARGS=...       extra arguments for pytest, e.g. tests/onnx
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+TEST_ARGS ?=
+
+bin := $(VENV)/bin
+sources := pyproject.toml constraints.txt CMakeLists.txt
+pip := $(bin)/python -m pip --disable-pip-version-check --quiet
+pytest := $(bin)/python -m pytest --timeout=300
+
+.PHONY: demo test slow-test lint typecheck clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(bin)/python demo/run.py
+
+test: lint
+	$(pytest) -m "not slow and not gpu" $(TEST_ARGS)
+
+slow-test: $(VENV)/.installed-test
+	$(bin)/python -m pytest --timeout=3600 -m "slow and not gpu" $(TEST_ARGS)
+
+lint: $(VENV)/.installed-test typecheck
+	$(bin)/ruff check .
+
+# mypy reads folders, not import hooks: show it the packages where they install.
+typecheck: $(VENV)/.installed-test
+	rm -rf build/typecheck
+	mkdir -p build/typecheck/mla_pass
+	ln -s $(CURDIR)/mla_pass/* $(CURDIR)/patterns $(CURDIR)/export build/typecheck/mla_pass/
+	cd build/typecheck && $(abspath $(bin))/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p mla_pass
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("mla_pass needs Python 3.11 or later: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(sources) | $(bin)/python
+	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo/cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
