@@ -113,9 +113,7 @@ class ModelSession:
         return Decoder(self, ids.shape[0], ids.shape[1]).forward(ids, attention_mask)
 
 
-def session(
-    folder: str | Path, *, threads: int | None = None, providers: Sequence[str] = (CPU,)
-) -> ModelSession:
+def session(folder: str | Path, *, threads: int | None = None, providers: Sequence[str] = (CPU,)) -> ModelSession:
     """Open ``folder/model.onnx`` (or a path to an .onnx file) with ONNX Runtime.
 
     `threads` bounds the threads inside an operator; None leaves the choice to ONNX Runtime. `providers` are
@@ -320,17 +318,20 @@ class Decoder:
         binding = self._bind({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
         with ort_errors(f"ONNX Runtime could not run {self.session.path}"):
             self.session.ort.run_with_iobinding(binding)
-        logits, *grown = binding.get_outputs()
+        logits, *presents = binding.get_outputs()
         # The binding holds the old cache, and the new values hold the binding: let the old cache go now.
         binding.clear_binding_inputs()
-        for tensor, value in zip(self._growing(), grown, strict=True):
+        for tensor, value in zip(self._growing(), presents, strict=False):
             self.cache[tensor.past] = value
         self.length, self._mask = mask.shape[1], mask
         values = host_view(logits, self.session.logits_dtype)
         return (values[:, -1:] if last_only else values).astype(np.float32)
 
     def _bind(self, feeds: dict[str, np.ndarray]) -> Any:
-        """A fresh binding each run: values got from a binding change under us when that binding is bound anew."""
+        """Outputs in the order logits, growing tensors, shared tensors.
+
+        Each run has a fresh binding, since the values got from a binding change when that binding is bound anew.
+        """
         session, device = self.session, self.session.device
         binding = session.ort.io_binding()
         for name, dtype in session.tokens.items():
