@@ -1,13 +1,309 @@
-"""The `mla-pass` command."""
+"""The `mla-pass` command: arguments in, one call of the library, its result on stdout.
+
+Progress goes to stderr. Exit codes: 0 done, 1 a `MlaPassError` told in one sentence (or a result that says no),
+2 wrong arguments, 130 interrupted.
+"""
 
 import argparse
-from collections.abc import Sequence
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from mla_pass import __version__
+import mla_pass
+from mla_pass.config import Absorb, MlaConfig, RopeMode
+from mla_pass.errors import MlaPassError
+
+if TYPE_CHECKING:
+    from mla_pass.site import AttentionSite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="mla-pass")
-    parser.add_argument("--version", action="version", version=f"mla-pass {__version__}")
-    parser.parse_args(argv)
+    """Runs one subcommand and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except MlaPassError as error:
+        print(f"mla-pass: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mla-pass: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, say `head`, has seen enough; keep the interpreter's own last flush quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mla-pass", description=(mla_pass.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"mla-pass {mla_pass.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        return added
+
+    _add_export(command("export", _export, "write a Hugging Face checkpoint as ONNX with a flat cache"))
+    _add_explain(command("explain", _explain, "list the attention blocks of a model, or why one cannot be read"))
+    _add_convert(command("convert", _convert, "rewrite a model's attention as multi-head latent attention"))
+    _add_verify(command("verify", _verify, "compare the next-token distributions of two models on the same text"))
+    _add_generate(command("generate", _generate, "continue prompts with an original or a converted model"))
+    _add_perplexity(command("perplexity", _perplexity, "measure a model's mean loss per token on a text"))
+    command("env", _env, "list the versions and runtimes found here")
+    return parser
+
+
+# ---- export
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="folder of a Hugging Face checkpoint, or its id where a hub is reachable")
+    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--opset", type=int, default=18)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mla_pass.export.hf import export_hf
+
+    out = export_hf(arguments.source, arguments.out, dtype=arguments.dtype, opset=arguments.opset)
+    return _show(arguments, {"out": str(out)}, str(out))
+
+
+# ---- explain
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="model.onnx or its folder")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from mla_pass.site import Refusal
+
+    found = mla_pass.explain(arguments.model)
+    refusals = [item for item in found if isinstance(item, Refusal)]
+    sites = [item for item in found if not isinstance(item, Refusal)]
+    data = {"sites": [_site_json(site) for site in sites], "refusals": [vars(refusal) for refusal in refusals]}
+    lines = [site.summary() for site in sites] + [f"refused: {refusal}" for refusal in refusals]
+    _show(arguments, data, "\n".join([*lines, f"{len(sites)} would convert, {len(refusals)} refused"]))
+    return 1 if refusals or not sites else 0
+
+
+def _site_json(site: "AttentionSite") -> dict[str, Any]:
+    names = ("name", "layer", "heads", "kv_groups", "head_dim", "value_dim", "cache_width", "dtype")
+    return {**{name: getattr(site, name) for name in names}, "summary": site.summary()}
+
+
+# ---- convert
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    default = MlaConfig()
+    parser.add_argument("model", type=Path, help="model.onnx or its folder")
+    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument("--budget", type=float, help=f"size of the new cache, 0 to 1 of the old ({default.budget})")
+    parser.add_argument("--rank", type=int, help="width of the latent, instead of --budget")
+    parser.add_argument("--rope-dims", type=int, help="with --rank: numbers a token keeps with their own rotation")
+    parser.add_argument(
+        "--calibrate", default="self", metavar="self|FILE.txt|IDS.npy",
+        help="text to fit the latents to; `self`, the default, lets the model write it",
+    )  # fmt: skip
+    parser.add_argument("--calibrate-tokens", type=int, default=default.calibrate_tokens, metavar="N")
+    parser.add_argument("--rope-mode", choices=get_args(RopeMode), default=default.rope_mode)
+    parser.add_argument("--absorb", choices=get_args(Absorb), default=default.absorb)
+    parser.add_argument("--max-positions", type=int, metavar="N", help="rows of the rotary table (the model's limit)")
+    parser.add_argument("--partial", action="store_true", help="convert what can be read even if a block is refused")
+    parser.add_argument("--dry-run", action="store_true", help="do all the work, print the report, write nothing")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from mla_pass.export.layout import require_free
+
+    config = _config(arguments)
+    if not arguments.dry_run:
+        require_free(arguments.out)  # saving asks again; here it costs no minutes first
+    calibrate = arguments.calibrate if arguments.calibrate == "self" else Path(arguments.calibrate)
+    with _Progress() as progress:
+        result = mla_pass.convert(arguments.model, config, calibrate=calibrate, progress=progress)
+    if not arguments.dry_run:
+        result.save(arguments.out)
+    data = {"out": None if arguments.dry_run else str(arguments.out), "report": result.report.to_json()}
+    return _show(arguments, data, result.report.text(would=arguments.dry_run))
+
+
+def _config(arguments: argparse.Namespace) -> MlaConfig:
+    if arguments.rank is not None and arguments.budget is not None:
+        arguments.usage_error("--rank and --budget exclude each other")
+    if arguments.rope_dims is not None and arguments.rank is None:
+        arguments.usage_error("--rope-dims needs --rank")
+    budget = {} if arguments.budget is None else {"budget": arguments.budget}
+    return MlaConfig(
+        **budget,
+        rank=arguments.rank,
+        rope_dims=arguments.rope_dims,
+        rope_mode=arguments.rope_mode,
+        absorb=arguments.absorb,
+        calibrate_tokens=arguments.calibrate_tokens,
+        max_positions=arguments.max_positions,
+        partial=arguments.partial,
+    )
+
+
+# ---- verify
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("original", type=Path, help="folder of the original model")
+    parser.add_argument("converted", type=Path, help="folder of the converted model")
+    parser.add_argument("--text", type=Path, help="text to compare on; without it the original model writes one")
+    parser.add_argument("--tokens", type=int, default=512, help="how many tokens of it (512)")
+    parser.add_argument("--max-kl", type=float, help="exit with 1 if the divergence, nats per token, is larger")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from mla_pass.onnx.perplexity import sample_tokens
+    from mla_pass.onnx.session import session
+    from mla_pass.onnx.verify import verify
+
+    original, converted = session(arguments.original), session(arguments.converted)
+    if arguments.text is None:
+        tokens = sample_tokens(original, arguments.tokens).reshape(-1)[: arguments.tokens]
+    else:
+        tokens = np.array(_token_ids(original.folder, arguments.text))[: arguments.tokens]
+    agreement = verify(original, converted, tokens)
+    _show(arguments, vars(agreement), agreement.text())
+    return 1 if arguments.max_kl is not None and not agreement.kl <= arguments.max_kl else 0
+
+
+# ---- generate
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of an original or a converted model")
+    parser.add_argument("--prompt", action="append", required=True, help="repeat it to run several as one batch")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0, the default, considers all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from mla_pass.onnx.generate import GenerateConfig, generate
+    from mla_pass.onnx.session import session
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    config = GenerateConfig(**{name: getattr(arguments, name) for name in names})
+    stream = len(arguments.prompt) == 1 and not arguments.json
+    if stream:
+        print(arguments.prompt[0], end="", flush=True)
+    done = generate(session(arguments.model), arguments.prompt, config, on_token=_print_piece if stream else None)
+    if not stream:
+        texts = [prompt + text for prompt, text in zip(arguments.prompt, done.texts, strict=True)]
+        _show(arguments, vars(done), "\n\n".join(texts))
+    else:
+        print()
+    print(
+        f"{done.new_tokens} tokens, {done.tokens_per_second:.1f} tokens/s after a prefill of "
+        f"{done.prefill_seconds:.2f} s, cache {done.cache_bytes_per_token:,.0f} bytes per token",
+        file=sys.stderr,
+    )
     return 0
+
+
+def _print_piece(row: int, piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+# ---- perplexity
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of an original or a converted model")
+    parser.add_argument("--text", type=Path, required=True, help="text file, UTF-8")
+    parser.add_argument("--windows", type=int, default=16, help="windows from the start of the text (16)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window, each run by itself (1024)")
+
+
+def _perplexity(arguments: argparse.Namespace) -> int:
+    from mla_pass.onnx.perplexity import perplexity
+    from mla_pass.onnx.session import session
+    from mla_pass.onnx.text import load_tokenizer
+
+    model = session(arguments.model)
+    tokens = _token_ids(model.folder, arguments.text)
+    bos = load_tokenizer(model.folder).leading_bos
+    measured = perplexity(model, tokens, windows=arguments.windows, context=arguments.context, bos=bos)
+    spread = "" if measured.stderr is None else f" +- {measured.stderr:.4f}"
+    loss = f"{measured.nll:.4f}{spread} nats per token over {measured.tokens} tokens"
+    text = f"{loss}, perplexity {measured.perplexity:.3f}"
+    return _show(arguments, {**vars(measured), "perplexity": measured.perplexity}, text)
+
+
+def _token_ids(folder: Path, text: Path) -> list[int]:
+    """A text file through the tokenizer of a model's folder, without special tokens."""
+    from mla_pass.onnx.text import load_tokenizer
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MlaPassError(f"cannot read {text} as UTF-8 text: {error}") from error
+    return load_tokenizer(folder).encode(content)
+
+
+# ---- env
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from mla_pass.env import environment
+
+    found = environment()
+    return _show(arguments, found.to_json(), found.text())
+
+
+# ---- common to all
+
+
+def _show(arguments: argparse.Namespace, data: Any, text: str) -> int:
+    print(json.dumps(data, indent=2) if arguments.json else text)
+    return 0
+
+
+class _Progress:
+    """Stages of a long run on stderr: a bar on a terminal, a line a stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.desc != stage:
+            self._open(stage, total)
+        self._bar.update(done - self._bar.n)
+
+    def _open(self, stage: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._close()
+        terminal = sys.stderr.isatty()
+        if not terminal:
+            print(stage, file=sys.stderr)
+        self._bar = tqdm(desc=stage, total=total, file=sys.stderr, disable=not terminal)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,6 +1,7 @@
 """Which of the pieces that mla_pass can use are installed here, and what each is needed for."""
 
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -32,8 +33,8 @@ class Environment:
     native_library: str | None
     """Path of the op library, None when it is not built."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
         return asdict(self)
 
     def text(self) -> str:
@@ -50,25 +51,25 @@ class Environment:
 
 def environment() -> Environment:
     """Looks at this Python installation. Imports ONNX Runtime if it is there, and nothing else."""
+    distributions = metadata.packages_distributions()
     return Environment(
         mla_pass=mla_pass.__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        packages={name: _version(name) for name in (*_CORE, *_OPTIONAL)},
+        packages={name: _version(name, distributions.get(name, ())) for name in (*_CORE, *_OPTIONAL)},
         providers=_providers(),
         native_library=_native_library(),
     )
 
 
-def _version(module: str) -> str | None:
-    """Version of an importable module. onnxruntime comes from one of several distributions, so ask by import name."""
+def _version(module: str, distributions: Iterable[str]) -> str | None:
+    """Version of an importable module, of every distribution that brings it (onnxruntime may come from several)."""
     if util.find_spec(module) is None:
         return None
-    names = metadata.packages_distributions().get(module, [])
-    versions = {name: metadata.version(name) for name in names}
+    versions = {name: metadata.version(name) for name in distributions}
     if len(versions) == 1:
         return next(iter(versions.values()))
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown version"
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) or "unknown version"
 
 
 def _providers() -> tuple[str, ...]:

@@ -1,11 +1,10 @@
 """What a conversion did, layer by layer: plain numbers, as a table for people and as JSON for machines."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FORMAT = 1
+FORMAT_VERSION = 1
 """Version of the JSON that `Report.to_json` writes; raised when a field changes its meaning or goes."""
 
 
@@ -95,16 +94,12 @@ class Report:
             f"attention weights {verb} from {_change(self.weights_before, self.weights_after)} numbers",
         ]
 
-    def to_json(self) -> str:
-        """The report as a JSON object: the fields of both classes, `totals`, `worse` and `format`."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `to_json` writes, as plain Python data."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file: the fields of both classes, `totals`, `worse` and the format version."""
         totals = {
             name: getattr(self, name) for name in ("cache_before", "cache_after", "weights_before", "weights_after")
         }
-        return {"format": FORMAT, **asdict(self), "totals": totals, "worse": list(self.worse())}
+        return {"format_version": FORMAT_VERSION, **asdict(self), "totals": totals, "worse": list(self.worse())}
 
 
 _HEADER = ("layer", "heads", "groups", "head dim", "rank", "rope dims", "kept", "output error", "cache B/token",

@@ -1,0 +1,116 @@
+"""What a build contains, and that the two top-level folders import as sub-packages and as nothing else."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the tracked and new files, so that a build folder of the checkout plays no part."""
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.fail("the packaging tests need scikit-build-core: pip install -e '.[test]'")
+    out = tmp_path_factory.mktemp("wheel")
+    build = out / "build"
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "-C", f"build-dir={build}", "-w", str(out), str(ROOT)], check=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def python(code: str, *, cwd: Path, path: Path | str = "", site: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in `cwd`; without `site` nothing that is installed in this environment plays a part."""
+    command = [sys.executable, *([] if site else ["-S"]), "-c", code]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mla_pass"}
+    for expected in ("patterns/__init__.py", "export/__init__.py", "py.typed", "cli.py", "onnx/session.py"):
+        assert f"mla_pass/{expected}" in names
+
+
+def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, inside in (("mla_pass", "mla_pass"), ("patterns", "mla_pass/patterns"), ("export", "mla_pass/export")):
+        for source in (ROOT / folder).rglob("*.py"):
+            assert f"{inside}/{source.relative_to(ROOT / folder).as_posix()}" in names
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import mla_pass.patterns, mla_pass.export; print(mla_pass.__file__); print(mla_pass.patterns.__file__)"
+    ran = python(code, cwd=tmp_path, path=site)
+    assert ran.returncode == 0, ran.stderr
+    assert [Path(line).parent for line in ran.stdout.split()] == [site / "mla_pass", site / "mla_pass" / "patterns"]
+
+
+def test_the_wheel_works_from_the_checkout_root(wheel: Path, tmp_path: Path) -> None:
+    """Python looks in the current folder first and finds mla_pass there without its two sub-packages."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import mla_pass.patterns, mla_pass.export; print(mla_pass.patterns.__file__)"
+    ran = python(code, cwd=ROOT, path=site)
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.strip()) == ROOT / "patterns" / "__init__.py"
+
+
+@pytest.mark.parametrize("name", ["patterns", "export"])
+def test_the_folders_refuse_to_be_top_level_packages(name: str) -> None:
+    ran = python(f"import {name}", cwd=ROOT)
+    assert ran.returncode != 0
+    assert f"ImportError: this package imports as mla_pass.{name}, not as {name}" in ran.stderr
+
+
+def test_an_editable_install_finds_new_files(tmp_path: Path) -> None:
+    """Nothing lists the modules of a package: a file written after the install is there, from any folder."""
+    checkout, environment = tmp_path / "checkout", tmp_path / "environment"
+    checkout.mkdir()
+    for name in ("mla_pass", "patterns", "export"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    install = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    here = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}  # for scikit-build-core alone
+    subprocess.run([*install, "--no-build-isolation", "-e", checkout], check=True, env=here)
+    for folder in ("patterns", "export", "mla_pass/onnx", "mla_pass"):
+        (checkout / folder / "brand_new.py").write_text("")
+    modules = ("patterns.brand_new", "export.brand_new", "onnx.brand_new", "brand_new")
+    code = "\n".join(f"import mla_pass.{module}" for module in modules)
+    subprocess.run([environment / "bin" / "python", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "{'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'torch', 'transformers'}"
+    ran = python(f"import sys, mla_pass, mla_pass.cli; print(sorted({heavy} & set(sys.modules)))", cwd=ROOT, site=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
+
+
+def test_public_names_resolve_and_are_not_hidden_by_their_modules() -> None:
+    code = (
+        "import mla_pass, mla_pass.convert as by_path\n"
+        "from mla_pass.convert import convert\n"
+        "assert mla_pass.convert is convert and callable(convert), mla_pass.convert\n"
+        "assert [name for name in mla_pass.__all__ if getattr(mla_pass, name, None) is None] == []\n"
+    )
+    ran = python(code, cwd=ROOT, site=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import mla_pass
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = mla_pass.no_such_name
