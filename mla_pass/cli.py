@@ -203,25 +203,25 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     config = GenerateConfig(**{name: getattr(arguments, name) for name in names})
-    stream = len(arguments.prompt) == 1 and not arguments.json
-    if stream:
-        print(arguments.prompt[0], end="", flush=True)
-    done = generate(session(arguments.model), arguments.prompt, config, on_token=_print_piece if stream else None)
-    if not stream:
-        texts = [prompt + text for prompt, text in zip(arguments.prompt, done.texts, strict=True)]
-        _show(arguments, vars(done), "\n\n".join(texts))
+    unsaid = list(arguments.prompt[:1])  # goes out with the first piece: an error before it leaves stdout empty
+
+    def say(row: int, piece: str) -> None:
+        print(*unsaid, piece, sep="", end="", flush=True)
+        unsaid.clear()
+
+    model = session(arguments.model)
+    if arguments.json or len(arguments.prompt) > 1:
+        done = generate(model, arguments.prompt, config)
+        _show(arguments, vars(done), "\n\n".join(map(str.__add__, arguments.prompt, done.texts)))
     else:
-        print()
+        done = generate(model, arguments.prompt, config, on_token=say)
+        print(*unsaid)
     print(
         f"{done.new_tokens} tokens, {done.tokens_per_second:.1f} tokens/s after a prefill of "
         f"{done.prefill_seconds:.2f} s, cache {done.cache_bytes_per_token:,.0f} bytes per token",
         file=sys.stderr,
     )
     return 0
-
-
-def _print_piece(row: int, piece: str) -> None:
-    print(piece, end="", flush=True)
 
 
 # ---- perplexity

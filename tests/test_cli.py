@@ -1,0 +1,328 @@
+"""The command's manners: exit codes, one-sentence errors, JSON on request, results on stdout and all else on stderr."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mla_pass
+from mla_pass import cli
+from mla_pass.config import MlaConfig
+from mla_pass.errors import MlaPassError
+from mla_pass.report import Report
+from tests import latent_toy
+
+COMMANDS = ("export", "explain", "convert", "verify", "generate", "perplexity", "env")
+WORDS = ("<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, 61)))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent-attention model with 61 tokens and a tokenizer of 61 words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = latent_toy.save(tmp_path_factory.mktemp("toy"), latent_toy.weights())
+    vocab = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """300 words the toy knows."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS[number] for number in np.random.default_rng(0).integers(3, 61, 300)))
+    return path
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def fails_with_one_sentence(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run(*arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("mla-pass: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(command, "--help")
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert set(COMMANDS) <= words
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("no-such-command",),
+        ("convert", "model.onnx"),
+        ("convert", "model.onnx", "out", "--rope-mode", "sideways"),
+        ("convert", "model.onnx", "out", "--budget", "half"),
+        ("convert", "model.onnx", "out", "--rank", "8", "--budget", "0.5"),
+        ("convert", "model.onnx", "out", "--rope-dims", "8"),
+        ("generate", "model"),
+        ("export", "source", "out", "--dtype", "int4"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ")
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "no/such/checkpoint", "out"),
+        ("explain", "no/such/model"),
+        ("convert", "no/such/model", "out"),
+        ("verify", "no/such/model", "no/such/other"),
+        ("generate", "no/such/model", "--prompt", "w3"),
+        ("perplexity", "no/such/model", "--text", "no/such/text"),
+    ],
+)
+def test_a_missing_model_is_one_sentence(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no/such" in fails_with_one_sentence(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["explain", "convert", "generate", "perplexity", "verify"])
+def test_a_file_that_is_no_model_is_one_sentence(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"this is not a protobuf" * 40)
+    rest = {
+        "convert": (tmp_path / "out",),
+        "generate": ("--prompt", "w3"),
+        "perplexity": ("--text", text),
+        "verify": (folder,),
+    }
+    told = fails_with_one_sentence(capsys, command, folder, *rest.get(command, ()))
+    assert "model.onnx" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", ["0", "-0.5", "1.5", "nan"])
+def test_a_budget_out_of_range_is_one_sentence(budget: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = fails_with_one_sentence(capsys, "convert", "model.onnx", tmp_path / "out", f"--budget={budget}")
+    assert "budget must lie in (0, 1]" in told
+
+
+def test_a_taken_output_folder_is_told_before_any_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("mine")
+    told = fails_with_one_sentence(capsys, "convert", "no/such/model", tmp_path)
+    assert str(tmp_path) in told
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_text_that_is_too_short_names_what_it_needs(capsys: pytest.CaptureFixture[str], toy: Path, text: Path) -> None:
+    assert "16384" in fails_with_one_sentence(capsys, "perplexity", toy, "--text", text)
+
+
+def test_text_that_is_not_utf8_is_one_sentence(capsys: pytest.CaptureFixture[str], toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Fähre".encode("latin-1"))
+    assert "latin.txt" in fails_with_one_sentence(capsys, "perplexity", toy, "--text", tmp_path / "latin.txt")
+
+
+def test_an_error_of_several_lines_is_joined(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise MlaPassError("first\n  second")
+
+    monkeypatch.setattr("mla_pass.env.environment", refuse)
+    assert fails_with_one_sentence(capsys, "env") == "mla-pass: first second"
+
+
+def test_an_interrupt_exits_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mla_pass.env.environment", interrupt)
+    assert run("env") == 130
+    assert capsys.readouterr().err == "mla-pass: interrupted\n"
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mla_pass.env.environment", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("env")
+
+
+def test_the_module_runs_as_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mla_pass"]
+    good = subprocess.run([*command, "env", "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert (good.returncode, json.loads(good.stdout)["mla_pass"]) == (0, mla_pass.__version__)
+    bad = subprocess.run([*command, "explain", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert "Traceback" not in bad.stderr
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mla_pass env --json | true; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+# ---- results
+
+
+def test_env_tells_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("env", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["numpy"] == np.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert run("env") == 0
+    assert f"numpy              {np.__version__}" in capsys.readouterr().out
+
+
+def test_generate_prints_text_on_stdout_and_numbers_on_stderr(capsys: pytest.CaptureFixture[str], toy: Path) -> None:
+    assert run("generate", toy, "--prompt", "w5 w6", "--max-new-tokens", 5) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("w5 w6")
+    assert len(out) > len("w5 w6\n")
+    assert "5 tokens" in err
+    assert "bytes per token" in err
+
+
+def test_generate_runs_several_prompts_as_one_batch(capsys: pytest.CaptureFixture[str], toy: Path) -> None:
+    prompts = ("w5 w6 w7", "w9")
+    alone = []
+    for prompt in prompts:
+        assert run("generate", toy, "--prompt", prompt, "--max-new-tokens", 6, "--json") == 0
+        alone += json.loads(capsys.readouterr().out)["token_ids"]
+    both = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    assert run("generate", toy, *both, "--max-new-tokens", 6, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["token_ids"] == alone
+    assert done["cache_bytes_per_token"] == (6 + 2) * 4
+
+
+def test_sampling_follows_the_seed(capsys: pytest.CaptureFixture[str], toy: Path) -> None:
+    def sample(seed: int) -> list[list[int]]:
+        options = ("--temperature", 3, "--max-new-tokens", 20, "--seed", seed, "--json")
+        assert run("generate", toy, "--prompt", "w5", *options) == 0
+        token_ids: list[list[int]] = json.loads(capsys.readouterr().out)["token_ids"]
+        return token_ids
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_perplexity_is_the_mean_loss(capsys: pytest.CaptureFixture[str], toy: Path, text: Path) -> None:
+    assert run("perplexity", toy, "--text", text, "--windows", 3, "--context", 50, "--json") == 0
+    measured = json.loads(capsys.readouterr().out)
+    ids = np.array([WORDS.index(word) for word in text.read_text().split()][:150]).reshape(3, 50)
+    losses = []
+    for window in ids:
+        logits = latent_toy.reference(latent_toy.weights(), window)[:-1]
+        log_sum = np.log(np.exp(logits).sum(-1))
+        losses.append((log_sum - logits[np.arange(49), window[1:]]).mean())
+    assert measured["tokens"] == 3 * 49
+    assert measured["nll"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert measured["stderr"] == pytest.approx(np.std(losses, ddof=1) / np.sqrt(3), rel=1e-4)
+
+
+def test_verify_finds_a_model_equal_to_itself_and_not_to_another(
+    capsys: pytest.CaptureFixture[str], toy: Path, text: Path, tmp_path: Path
+) -> None:
+    assert run("verify", toy, toy, "--tokens", 64, "--json", "--max-kl", 0) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert (same["kl"], same["top1"], same["largest_difference"], same["tokens"]) == (0.0, 1.0, 0.0, 64)
+
+    other_weights = latent_toy.weights(seed=1)
+    other = latent_toy.save(tmp_path / "other", other_weights)
+    assert run("verify", toy, other, "--text", text, "--tokens", 40, "--json", "--max-kl", 0.01) == 1
+    found = json.loads(capsys.readouterr().out)
+    ids = np.array([WORDS.index(word) for word in text.read_text().split()][:40])
+    p, q = (latent_toy.reference(w, ids) for w in (latent_toy.weights(), other_weights))
+    p, q = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)) for logits in (p, q))
+    assert found["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert found["top1"] == (p.argmax(-1) == q.argmax(-1)).mean()
+
+
+def test_verify_refuses_another_vocabulary(capsys: pytest.CaptureFixture[str], toy: Path, tmp_path: Path) -> None:
+    other = latent_toy.save(tmp_path / "other", latent_toy.weights(vocab=67))
+    assert "61 and 67" in fails_with_one_sentence(capsys, "verify", toy, other, "--tokens", 8)
+
+
+# ---- convert: what reaches the library
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Records what `mla_pass.convert` is called with; its result saves an empty folder."""
+    made: list[dict[str, Any]] = []
+
+    def convert(model: Path, config: MlaConfig, *, calibrate: object, progress: Any) -> SimpleNamespace:
+        progress("fold", 0, 2)
+        progress("fold", 2, 2)
+        made.append({"model": model, "config": config, "calibrate": calibrate})
+        return SimpleNamespace(report=Report((), (), "float32", ()), save=lambda out: out.mkdir())
+
+    monkeypatch.setattr(mla_pass, "convert", convert)
+    return made
+
+
+def test_convert_with_defaults(calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", "m.onnx", tmp_path / "out") == 0
+    assert calls == [{"model": Path("m.onnx"), "config": MlaConfig(), "calibrate": "self"}]
+    assert (tmp_path / "out").is_dir()
+    out, err = capsys.readouterr()
+    assert "cache bytes per token went from" in out
+    assert err == "fold\n"
+
+
+def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    options = "--rank 24 --rope-dims 8 --calibrate ids.npy --calibrate-tokens 1000 --rope-mode extend --absorb never "
+    assert run("convert", "m", tmp_path / "out", *f"{options} --max-positions 99 --partial".split()) == 0
+    expected = MlaConfig(
+        rank=24, rope_dims=8, rope_mode="extend", absorb="never", calibrate_tokens=1000, max_positions=99, partial=True
+    )
+    assert calls == [{"model": Path("m"), "config": expected, "calibrate": Path("ids.npy")}]
+
+
+def test_a_dry_run_writes_nothing(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", "m", tmp_path / "out", "--dry-run", "--json") == 0
+    assert list(tmp_path.iterdir()) == []
+    data = json.loads(capsys.readouterr().out)
+    assert data["out"] is None
+    assert data["report"]["layers"] == []
+    assert run("convert", "m", tmp_path / "out", "--dry-run") == 0
+    assert "would go from" in capsys.readouterr().out
