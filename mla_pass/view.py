@@ -1,0 +1,151 @@
+"""A neutral reading of a graph: what the walk in `mla_pass.patterns` asks for, whoever wrote the graph.
+
+A handle names one value of the graph (``onnx_ir.Value``, ``torch.fx.Node``). Its *neutral op* is the operation that
+computes it, named by the one table below; an op outside the table keeps its own name, so that a refusal can say it.
+
+Neutral ops, their operands in order and their attributes (see `View.attribute`):
+
+    input, constant            no operands
+    matmul(a, b)               gemm(a, b, bias): attributes alpha, beta, transA, transB
+    add sub mul div pow neg    element by element, broadcasting
+    tanh cos sin sqrt rsqrt reciprocal isnan identity cast
+    where(condition, a, b)
+    softmax(x)                 axis
+    mean(x)                    axes
+    concat(*parts)             axis
+    slice(x)                   slice -> Slice, one slice of one axis (a Split's result is one, too)
+    reshape(x)                 shape -> tuple, None where unknown
+    transpose(x)               perm
+    unsqueeze(x), squeeze(x)   axes
+    expand(x)
+    gather(table, indices)     axis
+    shape(x)                   its result depends on the operand's sizes, not on its numbers
+    rmsnorm(x, weight)         epsilon, axis
+    rope(x, cos, sin, positions)
+    attention(query, key, value, mask, past_key, past_value, lengths)
+                               scale, softcap, is_causal, q_num_heads, kv_num_heads
+    group_query_attention, multi_head_attention, fused_matmul: recognised, not read yet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mla_pass.site import Handle, Weight
+
+NEUTRAL = {
+    "MatMul": "matmul", "Gemm": "gemm",
+    "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Neg": "neg",
+    "Tanh": "tanh", "Cos": "cos", "Sin": "sin", "Sqrt": "sqrt", "Reciprocal": "reciprocal",
+    "IsNaN": "isnan", "Identity": "identity", "Cast": "cast", "CastLike": "cast", "Dropout": "identity",
+    "Where": "where", "Softmax": "softmax", "ReduceMean": "mean",
+    "Concat": "concat", "Slice": "slice", "Split": "slice", "Reshape": "reshape", "Transpose": "transpose",
+    "Unsqueeze": "unsqueeze", "Squeeze": "squeeze", "Expand": "expand", "Gather": "gather",
+    "Shape": "shape", "Size": "shape", "Constant": "constant",
+    "RMSNormalization": "rmsnorm", "SimplifiedLayerNormalization": "rmsnorm",
+    "RotaryEmbedding": "rope", "Attention": "attention",
+    "com.microsoft::FusedMatMul": "fused_matmul",
+    "com.microsoft::GroupQueryAttention": "group_query_attention",
+    "com.microsoft::MultiHeadAttention": "multi_head_attention",
+}  # fmt: skip
+"""Op as its own library names it -> neutral op. Ops of other domains are written ``domain::Op``."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``x[..., start:stop:step, ...]`` along `axis`; axis and bounds as the graph says them, so maybe negative."""
+
+    axis: int
+    start: int
+    stop: int
+    step: int
+
+
+class EvaluationError(Exception):
+    """A piece of the graph could not be computed; the message is one line saying why."""
+
+
+class View(Protocol):
+    """One graph, read-only."""
+
+    max_position: int | None
+    """Longest sequence the model was made for, when the graph says so."""
+
+    def results(self) -> Iterator[Handle]:
+        """Every value a node computes, in order of execution."""
+
+    def op(self, value: Handle) -> str:
+        """Neutral op that computes the value."""
+
+    def inputs(self, value: Handle) -> list[Handle | None]:
+        """Its operands in the order of the table, None where one is left out."""
+
+    def attribute(self, value: Handle, name: str) -> Any:
+        """An attribute of the table above, with the op's default filled in; None when it is no constant."""
+
+    def settings(self, value: Handle) -> tuple[Any, ...]:
+        """All attributes of the computing node, comparable."""
+
+    def users(self, value: Handle) -> list[Handle]:
+        """Values computed from this one by one node."""
+
+    def siblings(self, value: Handle) -> list[Handle]:
+        """All results of the node that computes the value."""
+
+    def constant(self, value: Handle) -> np.ndarray | None:
+        """The value's numbers if they follow from constants alone and are few (at most `SMALL`); else None."""
+
+    def is_constant(self, value: Handle) -> bool:
+        """True if the value follows from constants alone."""
+
+    def weight(self, value: Handle) -> Weight:
+        """A constant value of any size as a lazy array."""
+
+    def shape(self, value: Handle) -> tuple[int | None, ...] | None:
+        """Sizes, None where unknown or symbolic; None when not even the rank is known."""
+
+    def dtype(self, value: Handle) -> str:
+        """float32, int64, bool ...; the empty string when unknown."""
+
+    def is_output(self, value: Handle) -> bool:
+        """True if the graph returns the value."""
+
+    def name(self, value: Handle) -> str:
+        """The value's own name."""
+
+    def node(self, value: Handle) -> str:
+        """The computing node's name and op, for people."""
+
+    def path(self, value: Handle) -> str:
+        """Path of the module that computes the value, e.g. model.layers.0.self_attn; empty when unknown."""
+
+    def needs(self, outputs: Sequence[Handle], given: Sequence[Handle]) -> list[Handle]:
+        """The graph's inputs on which `outputs` depend, be it by their sizes alone, once `given` are known."""
+
+    def evaluate(self, outputs: Sequence[Handle], feeds: Mapping[Handle, np.ndarray]) -> list[np.ndarray]:
+        """Computes values from others. Half precision is computed in float32: the question is what, not how well.
+
+        Raises EvaluationError.
+        """
+
+
+SMALL = 1 << 16
+"""Most numbers that `View.constant` returns."""
+
+
+def ancestors(view: View, values: Sequence[Handle], *, through_shape: bool = True) -> list[Handle]:
+    """The values from which `values` follow, themselves included; without `through_shape`, only where numbers flow."""
+    seen: dict[Handle, None] = {}
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen[value] = None
+        if through_shape or view.op(value) != "shape":
+            todo.extend(operand for operand in view.inputs(value) if operand is not None)
+    return list(seen)
