@@ -1,7 +1,8 @@
-"""A one-layer latent-attention model that keeps the converted folder's contract, and the same model in plain numpy.
+"""A one-layer latent-attention model that keeps the folder contracts, and the same model in plain numpy.
 
-It is written by hand so that the runtime side is tested against something that the converter had no part in.
-Its logits depend on every cached row and on the positions (the rope part of a row is shifted by its position).
+It is written by hand so that the runtime side is tested against something that the converter had no part in: with a
+shared cache as converted models have it, or a growing one as originals have it. Its logits depend on every cached row
+and on the positions (the rope part of a row is shifted by its position).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 HIDDEN = 12
+BOS, EOS = 256, 257
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def reference(w: Weights, tokens: np.ndarray) -> np.ndarray:
     return np.array(logits)
 
 
-def save(folder: Path, w: Weights, cache_type: int = TensorProto.FLOAT) -> Path:
+def save(folder: Path, w: Weights, cache_type: int = TensorProto.FLOAT, shared: bool = True) -> Path:
     """Write the model as ``folder/model.onnx`` with cache tensors of `cache_type`; it computes in float32."""
     rank, rope_dim = w.latent.shape[1], w.rope.shape[1]
     initializers = [
@@ -88,7 +90,10 @@ def save(folder: Path, w: Weights, cache_type: int = TensorProto.FLOAT) -> Path:
     def cached(name: str, row: str) -> str:
         stored = add("Cast", [add("Unsqueeze", [row, one], f"{name}_B1SW")], f"{name}_stored", to=cache_type)
         present = f"present.0.{name}"
-        nodes.append(helper.make_node("TensorScatter", [f"past.0.{name}", stored, index], [present], axis=2))
+        if not shared:
+            add("Concat", [f"past.0.{name}", stored], present, axis=2)
+            return add("Cast", [present], f"{name}_all", to=f32)
+        add("TensorScatter", [f"past.0.{name}", stored, index], present, axis=2)
         return add("Cast", [add("Slice", [present, zero, total, two], f"{name}_live")], f"{name}_all", to=f32)
 
     c = cached("latent", add("MatMul", [x, "latent"], "latent_row"))
@@ -109,17 +114,41 @@ def save(folder: Path, w: Weights, cache_type: int = TensorProto.FLOAT) -> Path:
     full = add("Concat", [add("Squeeze", [context, one], "context"), x], "full", axis=2)
     add("MatMul", [full, "out"], "logits")
 
-    ids = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", s])
-           for n, s in (("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence"))]
-    shapes = {"latent": ["batch", 1, "capacity", rank], "rope": ["batch", 1, "capacity", rope_dim]}
-    inputs = [helper.make_tensor_value_info(f"past.0.{n}", cache_type, s) for n, s in shapes.items()]
-    outputs = [helper.make_tensor_value_info(f"present.0.{n}", cache_type, s) for n, s in shapes.items()]
+    def ports(prefix: str, rows: str) -> list[onnx.ValueInfoProto]:
+        return [
+            helper.make_tensor_value_info(f"{prefix}.0.{name}", cache_type, ["batch", 1, rows, width])
+            for name, width in (("latent", rank), ("rope", rope_dim))
+        ]
+
+    tokens = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", length])
+        for name, length in (("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence"))
+    ]
+    inputs, outputs = ports("past", "capacity" if shared else "past"), ports("present", "capacity" if shared else "all")
     logits = helper.make_tensor_value_info("logits", f32, ["batch", "sequence", w.embed.shape[0]])
-    graph = helper.make_graph(nodes, "toy", ids + inputs, [logits, *outputs], initializers)
+    graph = helper.make_graph(nodes, "toy", tokens + inputs, [logits, *outputs], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
     helper.set_model_props(model, {"mla_pass.max_position": "4096"})
     onnx.checker.check_model(model, full_check=True)
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(model, folder / "model.onnx")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2]}))
     return folder
+
+
+def save_tokenizer(folder: Path, bos: bool = False) -> int:
+    """A tokenizer of single bytes beside the model: ids 0-255 are UTF-8 bytes in the library's order, then <s>, </s>.
+
+    With `bos` it puts <s> before a text by itself. Returns the size of its vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    if bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": [EOS]}))
+    return made.get_vocab_size()

@@ -96,14 +96,14 @@ def window_losses(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """-log softmax(logits)[target] of each row of logits [n, vocab]; float64 [n]."""
+    if not np.isfinite(logits.max(axis=1)).all():  # NaN passes through max; single logits of -inf are in order
+        raise MlaPassError("the model's logits are not finite; its weights or its element type are at fault")
     losses = np.empty(len(targets))
     for first in range(0, len(targets), 64):  # float64 of a few rows at a time, not of the whole window
         rows = logits[first : first + 64].astype(np.float64)
         rows -= rows.max(axis=1, keepdims=True)
         aimed = rows[np.arange(len(rows)), targets[first : first + 64]]
         losses[first : first + 64] = np.log(np.exp(rows).sum(axis=1)) - aimed
-    if not np.isfinite(losses).all():
-        raise MlaPassError("the model's logits are not finite; its weights or its element type are at fault")
     return losses
 
 
