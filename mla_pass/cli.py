@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
     except MlaPassError as error:
-        print(f"mla-pass: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"mla-pass: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mla-pass: interrupted", file=sys.stderr)

@@ -13,7 +13,6 @@ import pytest
 import mla_pass
 from mla_pass import cli
 from mla_pass.config import MlaConfig
-from mla_pass.errors import MlaPassError
 from mla_pass.report import Report
 from tests import latent_toy
 
@@ -154,16 +153,6 @@ def test_text_that_is_too_short_names_what_it_needs(capsys: pytest.CaptureFixtur
 def test_text_that_is_not_utf8_is_one_sentence(capsys: pytest.CaptureFixture[str], toy: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Fähre".encode("latin-1"))
     assert "latin.txt" in fails_with_one_sentence(capsys, "perplexity", toy, "--text", tmp_path / "latin.txt")
-
-
-def test_an_error_of_several_lines_is_joined(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse() -> None:
-        raise MlaPassError("first\n  second")
-
-    monkeypatch.setattr("mla_pass.env.environment", refuse)
-    assert fails_with_one_sentence(capsys, "env") == "mla-pass: first second"
 
 
 def test_an_interrupt_exits_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,3 +315,71 @@ def test_a_dry_run_writes_nothing(
     assert data["report"]["layers"] == []
     assert run("convert", "m", tmp_path / "out", "--dry-run") == 0
     assert "would go from" in capsys.readouterr().out
+
+
+# ---- the whole way, on a tiny random model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
+    """A random Llama of two layers with the toy's tokenizer, through `mla-pass export`."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("whole_way")
+    checkpoint = folder / "checkpoint"
+    transformers.LlamaForCausalLM(config).save_pretrained(checkpoint)
+    (checkpoint / "tokenizer.json").write_bytes((toy / "tokenizer.json").read_bytes())
+    assert run("export", checkpoint, folder / "original") == 0
+    return folder / "original"
+
+
+def test_explain_lists_every_block(capsys: pytest.CaptureFixture[str], exported: Path) -> None:
+    assert run("explain", exported, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(site["heads"], site["kv_groups"], site["head_dim"]) for site in found["sites"]] == [(4, 2, 16)] * 2
+    assert found["refusals"] == []
+
+
+def test_convert_then_verify_generate_and_measure(
+    capsys: pytest.CaptureFixture[str], exported: Path, tmp_path: Path, text: Path
+) -> None:
+    latent = tmp_path / "latent"
+    options = ("--budget", 1.0, "--calibrate-tokens", 1024, "--json")
+    assert run("convert", exported, latent, *options) == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert [layer["cache_before"] for layer in report["layers"]] == [2 * 2 * 16 * 4] * 2
+
+    assert run("verify", exported, latent, "--text", text, "--json", "--max-kl", 1e-6) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == 1.0
+
+    generated, losses = {}, {}
+    for folder in (exported, latent):
+        assert run("generate", folder, "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 8, "--json") == 0
+        generated[folder] = json.loads(capsys.readouterr().out)
+        assert run("perplexity", folder, "--text", text, "--windows", 2, "--context", 64, "--json") == 0
+        losses[folder] = json.loads(capsys.readouterr().out)["nll"]
+    assert generated[exported]["token_ids"] == generated[latent]["token_ids"]
+    assert generated[latent]["cache_bytes_per_token"] == report["totals"]["cache_after"]
+    assert losses[latent] == pytest.approx(losses[exported], rel=1e-5)
+
+
+def test_calibration_text_that_is_too_short_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], exported: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("w5 w6 w7")
+    told = fails_with_one_sentence(capsys, "convert", exported, tmp_path / "out", "--calibrate", tmp_path / "short.txt")
+    assert "token" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_a_rank_larger_than_the_full_size_is_refused(
+    capsys: pytest.CaptureFixture[str], exported: Path, tmp_path: Path
+) -> None:
+    assert "rank" in fails_with_one_sentence(capsys, "convert", exported, tmp_path / "out", "--rank", 10_000)
+    assert list(tmp_path.iterdir()) == []
