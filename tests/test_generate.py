@@ -11,7 +11,7 @@ from mla_pass.errors import MlaPassError
 from mla_pass.onnx.generate import GenerateConfig, generate, generators, next_tokens
 from mla_pass.onnx.session import ModelSession, session
 from mla_pass.onnx.text import SpecialIds, TextStream, load_tokenizer, special_ids
-from tests import latent_toy
+from tests import latent_toy, tiny_llama
 from tests.latent_toy import BOS, EOS
 
 WEIGHTS = latent_toy.weights(vocab=258, seed=2)
@@ -79,6 +79,26 @@ class TestGreedy:
             generate(bare, "text")
         with pytest.raises(MlaPassError, match="has no tokenizer"):
             generate(bare, PROMPTS, on_token=lambda row, piece: None)
+
+
+class TestAgainstTorch:
+    def test_greedy_equals_torch_with_padding(self, tmp_path: Path) -> None:
+        torch = pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+        model = tiny_llama.make(tmp_path)
+        prompts = [[5, 9, 33, 4, 71, 8, 20], [60, 61], [90, 3, 17, 44]]
+        made = generate(
+            session(tmp_path, threads=1),
+            prompts,
+            GenerateConfig(max_new_tokens=20, stop_at_eos=False, prefill_chunk=3),
+        )
+        for prompt, found in zip(prompts, made.token_ids, strict=True):  # torch sees each prompt alone, unpadded
+            expected = model.generate(
+                torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None
+            )[0, len(prompt) :]
+            assert found == tuple(expected.tolist())
+        assert len({row[-5:] for row in made.token_ids}) == 3
+        assert made.cache_bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, key and value, heads, head size, float32
 
 
 class TestText:
