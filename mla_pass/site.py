@@ -5,7 +5,8 @@ says in a :class:`Refusal` why it could not. Folding reads the numbers (`Weight.
 (`Handle`: an ``onnx_ir.Value`` or an ``fx.Node``). Names of dimensions used everywhere:
 
     B batch   S new tokens   P cached tokens   T = P + S   E hidden size
-    H query heads   G kv groups (key/value heads)   D head size of queries and keys   V head size of values   R rotary dims
+    H query heads   G kv groups (key/value heads)   R rotary dims
+    D head size of queries and keys   V head size of values
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ class AttentionSite:
             rope += f"*{self.rope.attention_scaling:.4g}"
         bits.append(rope)
         biases = "".join(
-            letter for letter, branch in zip("qkv", (self.query, self.key, self.value), strict=True)
+            letter
+            for letter, branch in zip("qkv", (self.query, self.key, self.value), strict=True)
             if branch.projection.bias is not None
         ) + ("o" if self.output.bias is not None else "")
         if biases:
@@ -184,7 +186,7 @@ class AttentionSite:
         )
         if norms:
             bits.append(f"norm={norms}")
-        mask = self.mask.kind if self.mask.kind == "additive" else ("causal" if self.mask.causal else "full")
+        mask: str = self.mask.kind if self.mask.kind == "additive" else ("causal" if self.mask.causal else "full")
         if self.mask.window:
             mask += f"+window{self.mask.window}"
         if self.mask.padding is not None:

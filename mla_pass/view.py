@@ -69,6 +69,17 @@ class EvaluationError(Exception):
     """A piece of the graph could not be computed; the message is one line saying why."""
 
 
+class Block(Protocol):
+    """A piece of the graph in its own runtime, computed in float32 where the graph computes in half precision."""
+
+    @property
+    def needs(self) -> Sequence[Handle]:
+        """The graph's inputs that it reads beside the values it is given."""
+
+    def run(self, values: Mapping[Handle, np.ndarray]) -> list[np.ndarray]:
+        """Its outputs. Raises EvaluationError."""
+
+
 class View(Protocol):
     """One graph, read-only."""
 
@@ -131,6 +142,10 @@ class View(Protocol):
 
         Raises EvaluationError.
         """
+
+
+    def block(self, outputs: Sequence[Handle], given: Sequence[Handle]) -> Block:
+        """The computation from `given` and the graph's inputs to `outputs`, opened in the graph's own runtime."""
 
 
 SMALL = 1 << 16

@@ -1,6 +1,6 @@
 """The cache: what the graph was given of the past, and what it gives back.
 
-    past [B, G, P, D] (graph input) -> Concat(past, new; axis of the tokens) -> present [B, G, T, D] (graph output, read on)
+    past [B, G, P, D] (graph input) -> Concat(past, new) over the tokens -> present [B, G, T, D] (graph output)
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def read_fused(view: View, node: Handle) -> Fused:
     causal = bool(view.attribute(node, "is_causal"))
     edges: list[Edge | None] = [None, None]
     if past_key is not None and past_value is not None:
-        edges = [_edge(view, node, past, new, index) for past, new, index in ((past_key, key, 1), (past_value, value, 2))]
+        edges = [_edge(view, node, past_key, key, 1), _edge(view, node, past_value, value, 2)]
     elif causal:
         advice = "pass the mask as an operand, or the past as past_key and past_value"
         raise Stop(node, "an is_causal that counts the cached tokens, too", advice)

@@ -118,11 +118,11 @@ class _Measured:
             formula &= row - column < window
         if self.padding is not None:
             formula &= trial.keep[:, None, :]
-        judged = formula.any(axis=-1, keepdims=True)
-        return bool(((keep == formula[:, None]) | ~judged[:, None]).all())
+        judged = np.logical_or.reduce(formula, axis=-1, keepdims=True)
+        return bool(np.all(np.equal(keep, formula[:, None]) | ~judged[:, None]))
 
     def _keep(self, trial: _Try) -> np.ndarray | None:
-        """What the graph keeps, [B or 1, H or 1, S, T] or broadcasting to it; None if a bias is neither 0 nor hiding."""
+        """What the graph keeps, [B or 1, H or 1, S, T]; None if a bias is neither 0 nor hiding."""
         values = [term.value for term in self.terms]
         arrays = self.view.evaluate(values, self._feeds(values, trial))
         keep = np.ones((1, 1, 1, 1), bool)
@@ -130,11 +130,11 @@ class _Measured:
             if array.ndim > 4:
                 return None
             array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-            if term.form == "add" and array.dtype == bool or array.dtype != bool and term.form != "add":
+            if (term.form == "add") == (array.dtype == bool):
                 return None
-            if term.form == "add" and not ((array == 0) | (array <= HIDDEN)).all():
+            if term.form == "add" and not np.all((array == 0) | (array <= HIDDEN)):
                 return None
-            keep = keep & (array == 0 if term.form == "add" else array == (term.form == "keep"))
+            keep = keep & (np.equal(array, 0) if term.form == "add" else np.equal(array, term.form == "keep"))
         full = (keep.shape[0], keep.shape[1], trial.new, trial.past + trial.new)
         return np.broadcast_to(keep, full)
 
@@ -162,7 +162,7 @@ def _opaque(terms: Sequence[MaskTerm], softmax: Handle) -> Mask:
 
 
 def _trials(window: int) -> list[_Try]:
-    """Sizes and attention masks a reading must survive: past and none, one token and many, on both sides of the window."""
+    """Sizes and attention masks a reading must survive: past and none, one token and many, around the window's edge."""
     left, holes = np.ones((3, 7), bool), np.ones((2, 9), bool)
     left[1, :2], left[2, :4] = False, False
     holes[0, [1, 4]], holes[1, [0, 6]] = False, False

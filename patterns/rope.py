@@ -96,8 +96,9 @@ def positions_of(view: View, found: Rotation) -> Handle:
         index = {"cast": 0, "gather": 1, "rope": 3}.get(op)
         if index is None or index >= len(operands) or operands[index] is None:
             continue
-        if "int" in view.dtype(operands[index]) and "float" in view.dtype(value) and not view.is_constant(operands[index]):
-            sources[_flat(view, operands[index])] = None
+        source = operands[index]
+        if "int" in view.dtype(source) and "float" in view.dtype(value) and not view.is_constant(source):
+            sources[_flat(view, source)] = None
     if view.op(found.out) == "rope" and len(view.inputs(found.out)) > 3 and view.inputs(found.out)[3] is not None:
         sources = {_flat(view, view.inputs(found.out)[3]): None}
     if len(sources) != 1:

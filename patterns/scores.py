@@ -63,7 +63,8 @@ def factor(view: View, value: Handle) -> tuple[Handle, float] | None:
 
 def is_attention(view: View, carries: set[Handle], softmax: Handle) -> bool:
     """True if the softmax's operand comes from a product of two values that both carry projected data."""
-    todo, seen = [view.inputs(softmax)[0]], set()
+    todo = [view.inputs(softmax)[0]]
+    seen: set[Handle] = set()
     while todo and len(seen) < 64:
         value = todo.pop()
         if value is None or value in seen or value not in carries:

@@ -111,23 +111,23 @@ class SiteReader:
     def _site(self, anchor: Handle, name: str, layer: int) -> AttentionSite:
         view = self.view
         start = self._anchored(anchor)
-        traces = {
-            role: self._trace(value, axes, role, edge)
-            for role, value, axes, edge in zip(
-                ("query", "key", "value"), start.operands, start.axes, (None, *start.edges), strict=True
-            )
-        }  # type: dict[Role, Trace]
-        key_edge, value_edge = traces["key"].edge, traces["value"].edge
+        query_trace = self._trace(start.operands[0], start.axes[0], "query", None)
+        key_trace = self._trace(start.operands[1], start.axes[1], "key", start.edges[0])
+        value_trace = self._trace(start.operands[2], start.axes[2], "value", start.edges[1])
+        key_edge, value_edge = key_trace.edge, value_trace.edge
         if key_edge is None or value_edge is None:
             raise Stop(anchor, "a cache of keys and values", EXPORT)
         groups, head_dim = _sizes(view, key_edge.past)
         value_groups, value_dim = _sizes(view, value_edge.past)
-        query = self._branch(traces["query"], None, head_dim)
-        key = self._branch(traces["key"], groups, head_dim)
-        value = self._branch(traces["value"], value_groups, value_dim)
+        query = self._branch(query_trace, None, head_dim)
+        key = self._branch(key_trace, groups, head_dim)
+        value = self._branch(value_trace, value_groups, value_dim)
         if groups != value_groups or query.heads % groups:
-            raise Stop(anchor, f"query heads in equal groups ({query.heads} heads, {groups} key and {value_groups} value heads)")
-        rope = self._rope(traces["query"], traces["key"], query, key)
+            told = f"{query.heads} query, {groups} key and {value_groups} value heads"
+            raise Stop(anchor, f"query heads in equal groups (the graph has {told})")
+        if not query.projection.x is key.projection.x is value.projection.x:
+            raise Stop(value.projection.x, "queries, keys and values projected from one hidden state")
+        rope = self._rope(query_trace, key_trace, query, key)
         context, output = read_output(view, start.result, start.result_axes)
         if output.weight.shape[0] != query.heads * value_dim:
             raise Stop(context, f"an output projection of {query.heads * value_dim} numbers")
@@ -136,7 +136,7 @@ class SiteReader:
             name=name, layer=layer, query=query, key=key, value=value, rope=rope,
             cache=Cache(key_edge.past, value_edge.past, key_edge.present, value_edge.present),
             mask=self._mask(start, rope, anchor),
-            scale=scale * traces["query"].scale * traces["key"].scale, softcap=start.softcap,
+            scale=scale * query_trace.scale * key_trace.scale, softcap=start.softcap,
             context=context, output=output, dtype=view.dtype(context) or output.weight.dtype,
         )  # fmt: skip
 
@@ -168,9 +168,8 @@ class SiteReader:
             user = users[0]
             if view.op(user) == "matmul" and view.inputs(user)[0] is value:
                 return user, HEADS if len(axes) == 4 else ("BH", "S", "D"), view.inputs(user)[1]
-            if view.op(user) in ("identity", "cast"):
-                value = user
-            elif view.op(user) == "where" and view.inputs(user)[2] is value:  # rows of NaN set to zero
+            cleaned = view.op(user) == "where" and view.inputs(user)[2] is value  # rows of NaN set to zero
+            if view.op(user) in ("identity", "cast") or cleaned:
                 value = user
             elif view.op(user) == "reshape" and len(view.shape(user) or ()) == 3:
                 value, axes = user, ("BH", "S", "S")
@@ -179,7 +178,7 @@ class SiteReader:
 
     def _trace(self, value: Handle, axes: Axes, role: Role, edge: Edge | None) -> Trace:
         """Walks one branch back to its projection. Raises Stop."""
-        view, trace = self.view, Trace(value, axes, edge=edge)
+        trace = Trace(value, axes, edge=edge)
         while True:
             cached = role == "query" or trace.edge is not None
             turned = role == "value" or trace.rotation is not None

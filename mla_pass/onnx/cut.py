@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from mla_pass.errors import MlaPassError
 from mla_pass.view import EvaluationError
 
 _HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -130,7 +131,7 @@ def run_reference(piece: Cut, values: Mapping[ir.Value, np.ndarray]) -> list[np.
         with np.errstate(all="ignore"):
             return [np.asarray(array) for array in ReferenceEvaluator(piece.proto()).run(None, feeds)]
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError) as error:
-        raise EvaluationError(str(error).strip().split("\n")[0]) from error
+        raise EvaluationError(_first_line(error)) from error
 
 
 def _between(outputs: Sequence[ir.Value], given: Sequence[ir.Value]) -> list[ir.Node]:
@@ -172,3 +173,39 @@ def _widened_attribute(attribute: ir.Attr) -> ir.Attr:
     if attribute.type == ir.AttributeType.TENSOR and value.dtype in _HALF:
         return ir.AttrTensor(attribute.name, ir.tensor(value.numpy().astype(np.float32)))
     return attribute
+
+
+class RuntimeCut:
+    """A cut opened once in ONNX Runtime, to be run with several inputs."""
+
+    def __init__(self, piece: Cut) -> None:
+        """Raises MlaPassError without ONNX Runtime, EvaluationError when it cannot run the cut."""
+        try:
+            import onnxruntime as ort
+            from onnxruntime.capi import onnxruntime_pybind11_state as state
+        except ImportError as error:
+            raise MlaPassError("checking a model needs ONNX Runtime: pip install 'mla-pass[cpu]'") from error
+        self.piece = piece
+        self.needs = piece.open
+        names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+        self._errors = tuple(getattr(state, name) for name in names)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            serialized = piece.proto().SerializeToString()
+            self._session = ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+        except self._errors as error:
+            raise EvaluationError(_first_line(error)) from error
+
+    def run(self, values: Mapping[ir.Value, np.ndarray]) -> list[np.ndarray]:
+        """The cut's outputs. Raises EvaluationError."""
+        feeds = self.piece.feeds(values)
+        try:
+            return list(self._session.run(None, feeds))
+        except (*self._errors, ValueError) as error:
+            raise EvaluationError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

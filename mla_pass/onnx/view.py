@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mla_pass.onnx.cut import Cut, constant_array, constant_tensor, cut, run_reference
+from mla_pass.onnx.cut import Cut, RuntimeCut, constant_array, constant_tensor, cut, run_reference
 from mla_pass.site import Weight
 from mla_pass.view import NEUTRAL, SMALL, Slice
 
@@ -124,7 +124,7 @@ class OnnxView:
         tensor = constant_tensor(value)
         if tensor is not None:
             return Weight(
-                tuple(int(n) for n in tensor.shape), _name(tensor.dtype),
+                tuple(tensor.shape.numpy()), _name(tensor.dtype),
                 lambda: constant_array(value).astype(np.float64),
             )  # fmt: skip
 
@@ -193,6 +193,10 @@ class OnnxView:
         """See `View.evaluate`: runs in the ONNX reference evaluator."""
         return run_reference(self._cut(outputs, tuple(feeds)), feeds)
 
+    def block(self, outputs: Sequence[ir.Value], given: Sequence[ir.Value]) -> RuntimeCut:
+        """See `View.block`: runs in ONNX Runtime."""
+        return RuntimeCut(cut(outputs, given, self.opsets))
+
     def _cut(self, outputs: Sequence[ir.Value], given: Sequence[ir.Value]) -> Cut:
         key = (tuple(outputs), frozenset(given))
         if key not in self._cuts:
@@ -213,7 +217,8 @@ class OnnxView:
             return None
         if len(node.inputs) > 4 and node.inputs[4] is not None and steps is None:
             return None
-        return Slice(*(int(array.ravel()[0]) for array in (axes, starts, stops)), 1 if steps is None else int(steps[0]))
+        axis, start, stop = (int(array.ravel()[0]) for array in (axes, starts, stops))
+        return Slice(axis, start, stop, 1 if steps is None else int(steps.ravel()[0]))
 
     def _part(self, value: ir.Value, node: ir.Node) -> Slice | None:
         sizes = self._operand(node, 1)
