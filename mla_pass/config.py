@@ -10,6 +10,7 @@ from mla_pass.errors import MlaPassError
 
 RopeMode = Literal["block", "extend", "repeat"]
 Absorb = Literal["auto", "always", "never"]
+CacheKind = Literal["shared", "growing"]
 FORMAT_VERSION = 1
 
 
@@ -33,6 +34,9 @@ class MlaConfig:
     absorb: Absorb = "auto"
     """Fold the up-projections into the query and output projections: where that means fewer numbers to read, wherever
     the algebra allows it, or never."""
+    cache: CacheKind = "shared"
+    """`shared`: present has the shape of past, a buffer with room to spare, written in place where the runtime binds
+    one buffer to both. `growing`: present is past with the new rows appended."""
     finest_block: int = 16
     """Rows per block of the finest rotary band, a power of two."""
     block_order: int = 1
@@ -58,7 +62,7 @@ class MlaConfig:
             raise MlaPassError(f"rank must be at least 1; got {self.rank}")
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
             raise MlaPassError(f"rope_dims must be an even number of at least 2; got {self.rope_dims}")
-        for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb)):
+        for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb), ("cache", CacheKind)):
             if getattr(self, name) not in get_args(kind):
                 raise MlaPassError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.finest_block < 1 or self.finest_block & (self.finest_block - 1):

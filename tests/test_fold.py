@@ -66,7 +66,7 @@ class Case:
         self.rope, self.geometry = rope, Geometry(G, D, V, rope)
         distance = np.exp(-np.arange(T) / 20)
         self.statistics = SiteStatistics(
-            4000, y.mean(0), y.T @ y / 4000, gamma.T @ gamma / 4000, distance / distance.sum()
+            4000, y.mean(0), np.cov(y.T), gamma.T @ gamma / 4000, distance / distance.sum()
         )
         self.keep = np.arange(T)[None, :] <= np.arange(T - S, T)[:, None]
 
@@ -162,8 +162,9 @@ def test_centring_is_free() -> None:
     case = Case(rope_of(), noise=0.0)
     recipe = Recipe(finest_block=1, band_angle=1e-9)
     assert case.error(G * (D + V) // 3, 4, recipe) < 1e-6
-    off = replace(case.statistics, mean=np.zeros_like(case.statistics.mean))
-    case.statistics = off
+    mean = case.statistics.mean
+    raw = case.statistics.covariance + np.outer(mean, mean)
+    case.statistics = replace(case.statistics, mean=np.zeros_like(mean), covariance=raw)
     assert case.error(G * (D + V) // 3, 4, recipe) > 1e-3
 
 
@@ -191,8 +192,7 @@ def test_better_metric_gives_smaller_weighted_error() -> None:
             decode[g * D + order] = w.key_up[g]
             decode[G * D + g * V : G * D + (g + 1) * V] = w.value_up[g].T
         miss = np.eye(case.geometry.width) - decode @ w.encode[:12]
-        covariance = case.statistics.second - np.outer(case.statistics.mean, case.statistics.mean)
-        return float(np.trace(ours.metric @ miss @ covariance @ miss.T))
+        return float(np.trace(ours.metric @ miss @ case.statistics.covariance @ miss.T))
 
     assert weighted(ours) < 0.98 * weighted(pca)
 
@@ -206,6 +206,6 @@ def test_impossible_sizes_are_refused(rank: int, rope_dim: int) -> None:
 
 def test_nan_statistics_are_refused() -> None:
     case = Case(rope_of())
-    case.statistics.second[3, 4] = np.nan
+    case.statistics.covariance[3, 4] = np.nan
     with pytest.raises(MlaPassError, match="NaN or infinite"):
         prepare(case.geometry, case.statistics, Recipe())

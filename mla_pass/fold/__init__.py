@@ -17,7 +17,7 @@ import numpy as np
 from mla_pass.errors import MlaPassError
 from mla_pass.fold.bands import Bands, choose_bands, no_bands, residual
 from mla_pass.fold.components import Components, rank_components
-from mla_pass.fold.latent import LowRank, low_rank
+from mla_pass.fold.latent import energies, low_rank
 from mla_pass.fold.pairs import Pairs, complex_metric, complex_moment, pairs_of
 from mla_pass.site import Rope
 from mla_pass.statistics import SiteStatistics
@@ -115,7 +115,7 @@ def balanced_metric(statistics: SiteStatistics, key_width: int, mix: float) -> n
     The quadratic model alone is best when little is cut and poor when much is.
     """
     metric = (statistics.metric + statistics.metric.T) / 2
-    covariance = statistics.second - np.outer(statistics.mean, statistics.mean)
+    covariance = statistics.covariance
     identity = np.zeros(len(metric))
     for part in (slice(0, key_width), slice(key_width, None)):
         loss = float(np.sum(metric[part, part] * covariance[part, part]))
@@ -132,7 +132,7 @@ def still_gains(theta: np.ndarray, distance: np.ndarray) -> np.ndarray:
 
 def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> Prepared:
     """Rank the site's rope components and lay out its bands. Raises MlaPassError when the statistics are not finite."""
-    for name in ("mean", "second", "metric", "distance"):
+    for name in ("mean", "covariance", "metric", "distance"):
         if not np.isfinite(getattr(statistics, name)).all():
             raise MlaPassError("calibration met NaN or infinite activations; check the model's weights and dtype")
     rope, keys = geometry.rope, slice(0, geometry.key_width)
@@ -149,7 +149,9 @@ def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> P
     for index, block in zip(bands.index, bands.block, strict=True):
         lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
     lost[bands.still] = np.maximum(1 - np.abs(gains) ** 2, 0)
-    moment = complex_moment(statistics.second[keys, keys], pairs, geometry.groups, geometry.head_dim)
+    # Around zero, not around the mean: the mean turns, too.
+    second = statistics.covariance[keys, keys] + np.outer(statistics.mean[keys], statistics.mean[keys])
+    moment = complex_moment(second, pairs, geometry.groups, geometry.head_dim)
     weight = complex_metric(metric[keys, keys], pairs, geometry.groups, geometry.head_dim)
     return Prepared(geometry, statistics, pairs, metric, bands, gains, rank_components(moment, weight, lost))
 
@@ -176,18 +178,17 @@ def remainder_map(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return flat, np.eye(g * d) - synthesis.reshape(g * d, rope_dim) @ flat
 
 
-def code_remainder(p: Prepared, rope_dim: int) -> tuple[LowRank, np.ndarray, np.ndarray]:
-    """Low rank of [what is left of k; v] at every rank, with A [p, G*D] and the map [N, N] from y to it."""
+def remainder(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Covariance of [what the rope components leave of k; v], A [p, G*D], and the map [N, N] from y to it."""
     analysis, keys_left = remainder_map(p, rope_dim)
     left = np.eye(p.geometry.width)
     left[: p.geometry.key_width, : p.geometry.key_width] = keys_left
-    covariance = p.statistics.second - np.outer(p.statistics.mean, p.statistics.mean)
-    return low_rank(left @ covariance @ left.T, p.metric), analysis, left
+    return left @ p.statistics.covariance @ left.T, analysis, left
 
 
 def predicted_loss(p: Prepared, rope_dim: int, ranks: np.ndarray) -> np.ndarray:
     """Expected squared output error for each of `ranks` beside `rope_dim` rotated numbers."""
-    energy = code_remainder(p, rope_dim)[0].energy
+    energy = energies(remainder(p, rope_dim)[0], p.metric)
     tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
     return tail[ranks] + p.components.loss[rope_dim // 2 :].sum()
 
@@ -232,7 +233,8 @@ def fold(p: Prepared, rank: int, rope_dim: int) -> LatentWeights:
             f"a latent of rank {rank} with {rope_dim} rope dims does not fit this block: "
             f"rank must lie in 1..{geo.width} and rope dims in 0..{geo.rotary_width}"
         )
-    code, analysis, left = code_remainder(p, rope_dim)
+    covariance, analysis, left = remainder(p, rope_dim)
+    code = low_rank(covariance, p.metric)
     query_map, key_map = query_side(p, rope_dim)
     encode_latent, decode = code.encode[:rank] @ left, code.decode[:, :rank]
     mean = left @ p.statistics.mean

@@ -1,7 +1,7 @@
 """The joint low rank of keys and values, weighed by what an error does to the attention's output.
 
 With C the centred covariance of y = [k; v] and M the metric (expected output error e^T M e), Eckart-Young on
-P S = svd(M^(1/2) C^(1/2)) gives encoder E = P_r^T M^(1/2) and decoder F = M^(-1/2) P_r.
+P S^2 P^T = M^(1/2) C M^(1/2) gives encoder E = P_r^T M^(1/2) and decoder F = M^(-1/2) P_r.
 """
 
 from __future__ import annotations
@@ -20,20 +20,40 @@ SMALLEST_CHANNEL = 1e-4
 
 @dataclass(frozen=True)
 class LowRank:
-    """`encode` [N, N], `decode` [N, N]: the first r rows and columns are the best rank-r code; `energy` [N] per channel."""
+    """`encode` [N, N], `decode` [N, N]: the first r rows and columns are the best rank-r code; `energy` [N] of each."""
 
     encode: np.ndarray
     decode: np.ndarray
     energy: np.ndarray
 
 
+def weighted(covariance: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """M^(1/2) C M^(1/2) over the coordinates in use, those coordinates, M^(1/2) and M^(-1/2) there.
+
+    A coordinate that never varies (a key component that is cached rotated) takes no part: full rank then spans all
+    others, whatever the text showed.
+    """
+    used = np.flatnonzero(np.abs(covariance).sum(0) > 0)
+    ridge = UNSEEN * np.trace(covariance) / max(len(used), 1)
+    root, inverse = sqrt_and_inverse(metric[np.ix_(used, used)])
+    inner = covariance[np.ix_(used, used)] + ridge * np.eye(len(used))
+    return root @ inner @ root, used, root, inverse
+
+
+def energies(covariance: np.ndarray, metric: np.ndarray) -> np.ndarray:
+    """The output error that each channel of :func:`low_rank` saves, descending, [N]."""
+    values = np.linalg.eigvalsh(weighted(covariance, metric)[0])[::-1]
+    return np.pad(np.maximum(values, 0), (0, len(covariance) - len(values)))
+
+
 def low_rank(covariance: np.ndarray, metric: np.ndarray) -> LowRank:
     """All ranks at once, in order of the output error they save; `covariance`, `metric` [N, N]."""
-    ridge = UNSEEN * np.trace(covariance) / len(covariance)
-    used = np.diag((np.abs(covariance).sum(0) > 0).astype(np.float64))
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2 + ridge * used)
-    root_c = vectors * np.sqrt(np.maximum(values, 0))  # any R with R R^T = C serves
-    root_m, inverse_m = sqrt_and_inverse(metric)
-    left, size, _ = np.linalg.svd(root_m @ root_c)
-    channel = np.maximum(size, SMALLEST_CHANNEL * max(size[0], np.finfo(np.float64).tiny))
-    return LowRank((left.T @ root_m) / channel[:, None], (inverse_m @ left) * channel, size**2)
+    product, used, root, inverse = weighted(covariance, metric)
+    values, vectors = np.linalg.eigh(product)
+    left, energy = vectors[:, ::-1], np.maximum(values[::-1], 0)
+    size = np.sqrt(energy)
+    channel = np.maximum(size, SMALLEST_CHANNEL * max(float(size[0]), np.finfo(np.float64).tiny))
+    n, k = len(covariance), len(used)
+    encode, decode = np.zeros((n, n)), np.zeros((n, n))
+    encode[:k, used], decode[used, :k] = (left.T @ root) / channel[:, None], (inverse @ left) * channel
+    return LowRank(encode, decode, np.pad(energy, (0, n - k)))

@@ -1,0 +1,131 @@
+"""Converting a model, in one call: read, prove, calibrate, fold, rewrite; then save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from mla_pass.config import MlaConfig
+from mla_pass.errors import MlaPassError
+from mla_pass.export.layout import copy_companions, new_folder
+from mla_pass.onnx.io import load_model, save_model
+from mla_pass.onnx.passes import MlaPass, Progress
+from mla_pass.onnx.session import model_path, session
+from mla_pass.patterns import find_sites
+from mla_pass.report import Report
+from mla_pass.site import AttentionSite, Refusal
+
+RECORD = "mla_pass.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A converted model that is not saved yet."""
+
+    model: ir.Model
+    report: Report
+    config: MlaConfig
+    source: Path | None
+    """Folder of the original, whose tokenizer and configuration go along."""
+
+    def save(self, out: str | Path) -> Path:
+        """Write the folder `out`: the model, what was done to it (mla_pass.json), tokenizer and configuration.
+
+        The model is opened and run once before the folder gets its name. Raises MlaPassError when `out` is taken or
+        cannot be written; nothing is left behind then.
+        """
+        with new_folder(out) as folder:
+            save_model(self.model, folder)
+            record = {"config": self.config.to_json(), "report": self.report.to_json()}
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            if self.source is not None:
+                copy_companions(self.source, folder)
+            if not np.isfinite(session(folder).logits(np.zeros((1, 3), np.int64))).all():
+                raise MlaPassError("the converted model's logits are not finite; nothing was written")
+        return Path(out)
+
+
+def convert(
+    model: str | Path | ir.Model, config: MlaConfig | None = None, *,
+    calibrate: str | Path | np.ndarray = "self", progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """Convert a GQA model (a folder, an .onnx file, or an onnx_ir model, which is left as it is) to latent attention.
+
+    `calibrate`: text to fit the latents to. "self" lets the model write it; a path is a text file (the folder's
+    tokenizer reads it) or token ids in .npy; an array is token ids. An onnx_ir model has no folder and takes the last.
+    Raises MlaPassError when the model or the request cannot be served.
+    """
+    config = config or MlaConfig()
+    if isinstance(model, ir.Model):
+        if not isinstance(calibrate, np.ndarray):
+            raise MlaPassError("a model in memory has no tokenizer; give calibrate an array of token ids")
+        source, graph = None, model.clone()
+    else:
+        source, graph = model_path(model), load_model(model)
+    tokens, origin = token_source(source, calibrate, config)
+    rewriting = MlaPass(config, tokens, progress=progress, origin=origin)
+    rewriting.call(graph)
+    assert rewriting.report is not None  # call returned
+    return Result(graph, rewriting.report, config, source.parent if source else None)
+
+
+def explain(model: str | Path) -> list[AttentionSite | Refusal]:
+    """Every attention block of a model, in order, as it would be converted or why it would not."""
+    return find_sites(load_model(model))
+
+
+def token_source(
+    source: Path | None, calibrate: str | Path | np.ndarray, config: MlaConfig
+) -> tuple[Callable[[int], np.ndarray], str]:
+    """A function that gives (at least, where it can) so many token ids, and a name for where they come from."""
+    if isinstance(calibrate, np.ndarray):
+        ids = as_token_ids(calibrate, "the array")
+        return (lambda count: ids), "the array"
+    assert source is not None  # checked by convert
+    if str(calibrate) == "self":
+        return (lambda count: self_written(source, count, config.calibrate_context)), "the model's own text"
+    path = Path(calibrate)
+    if not path.is_file():
+        raise MlaPassError(f"calibration text {path} does not exist; give a text file, token ids in .npy, or 'self'")
+    ids = read_ids(path) if path.suffix == ".npy" else read_text(path, source)
+    return (lambda count: ids), str(path)
+
+
+def self_written(source: Path, count: int, length: int) -> np.ndarray:
+    """Text the model writes by itself from its first token."""
+    from mla_pass.onnx.perplexity import sample_tokens
+
+    return sample_tokens(session(source), count, length=length, batch=-(-count // length)).reshape(-1)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Token ids from a .npy file. Raises MlaPassError when it holds something else."""
+    try:
+        return as_token_ids(np.load(path), str(path))
+    except (ValueError, OSError, EOFError) as error:
+        raise MlaPassError(f"{path} cannot be read as a .npy array of token ids; save it with numpy.save") from error
+
+
+def as_token_ids(ids: np.ndarray, origin: str) -> np.ndarray:
+    """A flat int64 stream. Raises MlaPassError for anything but integers."""
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
+        raise MlaPassError(
+            f"{origin} holds {ids.dtype} of shape {ids.shape}; expected integers [tokens] or [rows, tokens]"
+        )
+    return ids.reshape(-1).astype(np.int64)
+
+
+def read_text(path: Path, source: Path) -> np.ndarray:
+    """Token ids of a text file by the tokenizer beside the model."""
+    from mla_pass.onnx.text import load_tokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MlaPassError(f"{path} is not UTF-8 text; give a text file, or token ids in .npy") from error
+    return np.array(load_tokenizer(source.parent).encode(text), np.int64)

@@ -1,0 +1,56 @@
+"""What a conversion costs and saves at one site, for the report."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from mla_pass.calibrate import attention, rotate, visible
+from mla_pass.fold import LatentWeights
+from mla_pass.onnx.absorb import Absorption, numbers_read
+from mla_pass.reference import attend, rows
+from mla_pass.report import LayerReport
+from mla_pass.site import AttentionSite
+from mla_pass.statistics import SiteStatistics
+
+
+def output_error(site: AttentionSite, statistics: SiteStatistics, weights: LatentWeights) -> float | None:
+    """Relative error of the block's output on tokens that calibration held out, by the float64 reference."""
+    sample = statistics.sample
+    if sample is None:
+        return None
+    query, key, value = (a.astype(np.float64) for a in (sample.query, sample.key, sample.value))
+    position, keep = np.arange(len(query)), visible(site, len(query))
+    angle = np.outer(position, site.rope.theta)
+    q, k = rotate(query, site.rope, angle), rotate(key, site.rope, angle)
+    per_group = site.heads // site.kv_groups
+    before = np.stack(
+        [attention(site, q[:, h], k[:, h // per_group], keep)[0] @ value[:, h // per_group] for h in range(site.heads)],
+        axis=1,
+    )
+    y = np.concatenate([key.reshape(len(key), -1), value.reshape(len(value), -1)], axis=1)
+    cache = rows(weights, site.rope.theta, y, position)
+    after = attend(weights, site.rope.theta, query, cache, position, keep, scale=site.scale, softcap=site.softcap)
+    output = site.output.weight.read()
+    missed, whole = ((a.reshape(len(query), -1) @ output) for a in (after - before, before))
+    return float(np.linalg.norm(missed) / max(float(np.linalg.norm(whole)), np.finfo(np.float64).tiny))
+
+
+def layer_report(site: AttentionSite, weights: LatentWeights, plan: Absorption, error: float | None) -> LayerReport:
+    """One line of the report."""
+    size = np.dtype(ml_dtypes.bfloat16 if site.dtype == "bfloat16" else site.dtype).itemsize
+    row = weights.rank + weights.rope_dim
+    hidden = site.key.projection.weight.shape[0]
+    behind_norm = site.key.norm is not None or site.value.norm is not None
+    key_value = hidden * site.cache_width
+    down = key_value + site.cache_width * row if behind_norm else hidden * row
+    heads_out = site.heads * site.value_dim * site.output.weight.shape[1]
+    absorbed = [n for n in ("query_map", "key_up", "value_up") if getattr(plan, n)]
+    return LayerReport(
+        name=site.name, heads=site.heads, kv_groups=site.kv_groups, head_dim=site.head_dim, rank=weights.rank,
+        rope_dims=weights.rope_dim, kept=weights.kept, output_error=error,
+        cache_before=site.cache_width * size, cache_after=row * size,
+        weights_before=hidden * site.heads * site.head_dim + key_value + heads_out,
+        weights_after=numbers_read(site, weights, plan) + down,
+        note="folded: " + ", ".join(absorbed) if absorbed else "",
+    )  # fmt: skip
