@@ -48,14 +48,12 @@ class Emitter:
         self.functions: dict[Variant, ir.Function] = {}
         self.tables: list[tuple[Rope, tuple[ir.Value, ir.Value]]] = []
         self.opset = self.graph.opset_imports[""]
+        self.total: ir.Value | None = None
 
     def emit(self, conversions: Sequence[Conversion]) -> None:
         """Rewrite all sites. Raises MlaPassError when the old caches are used in a way that cannot be replaced."""
         front = Ops("mla_pass/")
-        first = conversions[0].site
-        shape = front("Shape", first.query.projection.x)
-        self.batch, self.new = front.cut(shape, 0, 1, 0), front.cut(shape, 1, 2, 0)
-        self.total: ir.Value | None = None
+        self.hidden = conversions[0].site.query.projection.x  # [B, S, E], to read B and S off
         for conversion in conversions:
             self.rewrite(conversion, front)
         self.insert(front, None)
@@ -225,6 +223,11 @@ class Emitter:
 
     # ---- caches
 
+    def sizes(self, ops: Ops) -> tuple[ir.Value, ir.Value]:
+        """B and S, int64 [1] each."""
+        shape = ops("Shape", self.hidden)
+        return ops.cut(shape, 0, 1, 0), ops.cut(shape, 1, 2, 0)
+
     def total_length(self, site: AttentionSite, latent: ir.Value, front: Ops) -> ir.Value:
         """T, int64 [1]: from the padding mask, the additive mask, or, in a growing cache, the past itself."""
         if self.total is None:
@@ -232,7 +235,7 @@ class Emitter:
             if mask is not None and (site.mask.padding is not None or site.mask.kind == "additive"):
                 self.total = front.cut(front("Shape", mask), -1, np.iinfo(np.int64).max, 0)
             elif not self.shared_buffer:
-                self.total = front("Add", front.cut(front("Shape", latent), 2, 3, 0), self.new)
+                self.total = front("Add", front.cut(front("Shape", latent), 2, 3, 0), self.sizes(front)[1])
             else:
                 raise MlaPassError(
                     f"{site.name}: the graph takes no attention mask, so nothing tells how many rows of a shared cache "
@@ -287,8 +290,9 @@ class Emitter:
         """Shape(past) -> [batch, kv heads, total - new, head size], cut as the node cuts it."""
         assert self.total is not None  # set with the first site
         ops = Ops(f"{node.name or node.outputs[0].name}/")
-        past = ops("Sub", self.total, self.new)
-        shape = ops("Concat", self.batch, ops.ints(branch.heads), past, ops.ints(branch.head_dim), axis=0)
+        batch, new = self.sizes(ops)
+        past = ops("Sub", self.total, new)
+        shape = ops("Concat", batch, ops.ints(branch.heads), past, ops.ints(branch.head_dim), axis=0)
         start, end = (node.attributes[k].as_int() if k in node.attributes else d for k, d in (("start", 0), ("end", 4)))
         result = ops.cut(shape, start, end, 0)
         self.insert(ops, None)
