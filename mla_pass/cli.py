@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import mla_pass
-from mla_pass.config import Absorb, MlaConfig, RopeMode
+from mla_pass.config import Absorb, CacheKind, MlaConfig, RopeMode
 from mla_pass.errors import MlaPassError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate-tokens", type=int, default=default.calibrate_tokens, metavar="N")
     parser.add_argument("--rope-mode", choices=get_args(RopeMode), default=default.rope_mode)
     parser.add_argument("--absorb", choices=get_args(Absorb), default=default.absorb)
+    parser.add_argument("--cache", choices=get_args(CacheKind), default=default.cache, help="a buffer, or appended to")
     parser.add_argument("--max-positions", type=int, metavar="N", help="rows of the rotary table (the model's limit)")
     parser.add_argument("--partial", action="store_true", help="convert what can be read even if a block is refused")
     parser.add_argument("--dry-run", action="store_true", help="do all the work, print the report, write nothing")
@@ -150,6 +151,7 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         rope_dims=arguments.rope_dims,
         rope_mode=arguments.rope_mode,
         absorb=arguments.absorb,
+        cache=arguments.cache,
         calibrate_tokens=arguments.calibrate_tokens,
         max_positions=arguments.max_positions,
         partial=arguments.partial,
@@ -282,6 +284,7 @@ class _Progress:
     """Stages of a long run on stderr: a bar on a terminal, a line a stage elsewhere."""
 
     def __init__(self) -> None:
+        self._stage = ""
         self._bar: Any = None
 
     def __enter__(self) -> "_Progress":
@@ -291,7 +294,7 @@ class _Progress:
         self._close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.desc != stage:
+        if stage != self._stage:
             self._open(stage, total)
         self._bar.update(done - self._bar.n)
 
@@ -299,6 +302,7 @@ class _Progress:
         from tqdm import tqdm
 
         self._close()
+        self._stage = stage
         terminal = sys.stderr.isatty()
         if not terminal:
             print(stage, file=sys.stderr)

@@ -297,10 +297,20 @@ def test_convert_with_defaults(calls: list[dict[str, Any]], tmp_path: Path, caps
 
 
 def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path) -> None:
-    options = "--rank 24 --rope-dims 8 --calibrate ids.npy --calibrate-tokens 1000 --rope-mode extend --absorb never "
-    assert run("convert", "m", tmp_path / "out", *f"{options} --max-positions 99 --partial".split()) == 0
+    options = (
+        "--rank 24 --rope-dims 8 --calibrate ids.npy --calibrate-tokens 1000 --rope-mode extend --absorb never "
+        "--cache growing --max-positions 99 --partial"
+    )
+    assert run("convert", "m", tmp_path / "out", *options.split()) == 0
     expected = MlaConfig(
-        rank=24, rope_dims=8, rope_mode="extend", absorb="never", calibrate_tokens=1000, max_positions=99, partial=True
+        rank=24,
+        rope_dims=8,
+        rope_mode="extend",
+        absorb="never",
+        cache="growing",
+        calibrate_tokens=1000,
+        max_positions=99,
+        partial=True,
     )
     assert calls == [{"model": Path("m"), "config": expected, "calibrate": Path("ids.npy")}]
 
