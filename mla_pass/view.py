@@ -143,7 +143,6 @@ class View(Protocol):
         Raises EvaluationError.
         """
 
-
     def block(self, outputs: Sequence[Handle], given: Sequence[Handle]) -> Block:
         """The computation from `given` and the graph's inputs to `outputs`, opened in the graph's own runtime."""
 

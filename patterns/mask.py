@@ -168,8 +168,8 @@ def _trials(window: int) -> list[_Try]:
     holes[0, [1, 4]], holes[1, [0, 6]] = False, False
     right = np.ones((2, 6), bool)
     right[1, 4:] = False
-    trials = [_Try(0, np.ones((1, 5), bool)), _Try(0, left), _Try(4, left), _Try(4, left, counted=False), _Try(6, holes), _Try(0, right),
-              _Try(2, np.ones((2, 3), bool))]  # fmt: skip
+    trials = [_Try(0, np.ones((1, 5), bool)), _Try(2, np.ones((2, 3), bool)), _Try(0, left), _Try(4, left),
+              _Try(4, left, counted=False), _Try(6, holes), _Try(0, right)]  # fmt: skip
     if window:
         for past in {max(window - 2, 0), window, window + 3, 2 * window + 1}:
             edge = np.ones((2, past + 4), bool)

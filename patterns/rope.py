@@ -144,7 +144,7 @@ def _flat(view: View, value: Handle) -> Handle:
 
 def _measure(view: View, found: Rotation, positions: Handle, heads: int, head_dim: int) -> Rope:
     """Runs the region on random heads at many positions and reads off the rotation. Raises Stop."""
-    limit = min(_CHECKED, view.max_position or _CHECKED)
+    limit = min(_CHECKED, view.max_position or _CHECKED, *_table_rows(view, found))
     spread = np.unique(np.r_[np.arange(min(64, limit)), np.geomspace(1, limit, 64).astype(int) - 1, limit - 1])
     rng = np.random.default_rng(0)
     x = rng.uniform(1, 2, (2, heads, 1, head_dim)) * rng.choice([-1.0, 1.0], (2, heads, 1, head_dim))
@@ -170,6 +170,18 @@ def _measure(view: View, found: Rotation, positions: Handle, heads: int, head_di
     if not _turns_by(theta, again, scaling, short):
         raise Stop(found.out, "the same rotation for short and long sequences", NOT_LINEAR)
     return Rope(theta, rotary_dim, interleaved, scaling, positions)
+
+
+def _table_rows(view: View, found: Rotation) -> list[int]:
+    """Positions that stored tables reach."""
+    rows = []
+    for value in [found.out, *ancestors(view, found.tables, through_shape=False)]:
+        operands = view.inputs(value)
+        table = operands[0] if view.op(value) == "gather" else operands[1] if view.op(value) == "rope" else None
+        shape = view.shape(table) if table is not None and view.is_constant(table) else None
+        if shape and shape[0] is not None and len(shape) > 1:
+            rows.append(shape[0])
+    return rows
 
 
 def _run(view: View, found: Rotation, positions: Handle, x: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -66,11 +66,15 @@ def constant_array(value: ir.Value) -> np.ndarray:
         raise EvaluationError(f"the data of {value.name!r} cannot be read ({error})") from error
 
 
-def cut(outputs: Sequence[ir.Value], given: Sequence[ir.Value], opsets: Mapping[str, int]) -> Cut:
+def cut(
+    outputs: Sequence[ir.Value], given: Sequence[ir.Value], opsets: Mapping[str, int], *, widen: bool = True
+) -> Cut:
     """Cuts out the nodes between `given` and `outputs`; graph inputs met on the way become `Cut.open`.
 
-    Raises EvaluationError when a node on the way has a body (If, Loop, Scan).
+    `widen` computes half precision in float32. Raises EvaluationError when a node on the way has a body (If, Loop).
     """
+    widened = _widened if widen else lambda dtype: dtype
+    promoted = _promoted if widen else lambda array: array
     nodes = _between(outputs, given)
     copies: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
@@ -83,16 +87,15 @@ def cut(outputs: Sequence[ir.Value], given: Sequence[ir.Value], opsets: Mapping[
             return copies[value]
         tensor = constant_tensor(value) if value not in given else None
         if tensor is not None and tensor.size <= _INLINE and tensor.dtype != ir.DataType.STRING:
-            array = _promoted(constant_array(value))
+            array = promoted(constant_array(value))
             made = ir.Value(name=value.name, const_value=ir.tensor(array, name=value.name))
             made.dtype, made.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
             inline.append(made)
         else:
             dtype = tensor.dtype if tensor is not None else value.dtype
-            rank = len(tensor.shape if tensor is not None else value.shape or ())
-            known = tensor is not None or value.shape is not None
-            made = ir.Value(name=value.name, type=ir.TensorType(_widened(dtype or ir.DataType.FLOAT)))
-            made.shape = ir.Shape([None] * rank) if known else None
+            made = ir.Value(name=value.name, type=ir.TensorType(widened(dtype or ir.DataType.FLOAT)))
+            shape = tensor.shape if tensor is not None else value.shape
+            made.shape = None if shape is None else ir.Shape([n if isinstance(n, int) else None for n in shape])
             inputs.append(made)
             if tensor is not None:
                 weights.append(value)
@@ -107,7 +110,8 @@ def cut(outputs: Sequence[ir.Value], given: Sequence[ir.Value], opsets: Mapping[
     for node in nodes:
         operands = [None if operand is None else copy(operand) for operand in node.inputs]
         made_node = ir.Node(
-            node.domain, node.op_type, operands, [_widened_attribute(a) for a in node.attributes.values()],
+            node.domain, node.op_type, operands,
+            [_widened_attribute(a) if widen else a for a in node.attributes.values()],
             overload=node.overload, num_outputs=len(node.outputs), name=node.name,
         )  # fmt: skip
         for old, new in zip(node.outputs, made_node.outputs, strict=True):
@@ -117,9 +121,25 @@ def cut(outputs: Sequence[ir.Value], given: Sequence[ir.Value], opsets: Mapping[
     results = [copies[value] if value in copies else copy(value) for value in outputs]
     for value, made in zip(outputs, results, strict=True):
         if made.dtype is None and value.dtype is not None:
-            made.dtype = _widened(value.dtype)
+            made.dtype = widened(value.dtype)
     graph = ir.Graph(inputs, results, nodes=made_nodes, initializers=inline, opset_imports=dict(opsets), name="cut")
     return Cut(ir.Model(graph, ir_version=10), tuple(given), tuple(opened), tuple(weights), tuple(outputs))
+
+
+def inferred(graph: ir.Graph, opsets: Mapping[str, int]) -> dict[ir.Value, tuple[tuple[int | None, ...] | None, str]]:
+    """Shapes and element types of all values, as ONNX infers them. Weights are not read. Empty if it cannot."""
+    try:
+        proto = cut(graph.outputs, (), opsets, widen=False).proto()
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except (EvaluationError, onnx.shape_inference.InferenceError):
+        return {}
+    found: dict[str, tuple[tuple[int | None, ...] | None, str]] = {}
+    for info in (*proto.graph.value_info, *proto.graph.output):
+        tensor = info.type.tensor_type
+        sizes = tuple(n.dim_value if n.HasField("dim_value") else None for n in tensor.shape.dim)
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name if tensor.elem_type else ""
+        found[info.name] = (sizes if tensor.HasField("shape") else None, dtype)
+    return {value: found[value.name] for node in graph for value in node.outputs if value.name in found}
 
 
 def run_reference(piece: Cut, values: Mapping[ir.Value, np.ndarray]) -> list[np.ndarray]:

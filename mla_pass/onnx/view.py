@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mla_pass.onnx.cut import Cut, RuntimeCut, constant_array, constant_tensor, cut, run_reference
+from mla_pass.onnx.cut import Cut, RuntimeCut, constant_array, constant_tensor, cut, inferred, run_reference
 from mla_pass.site import Weight
 from mla_pass.view import NEUTRAL, SMALL, Slice
 
@@ -20,8 +20,6 @@ _DEFAULTS: dict[tuple[str, str], Any] = {
     ("gemm", "alpha"): 1.0, ("gemm", "beta"): 1.0, ("gemm", "transA"): 0, ("gemm", "transB"): 0,
     ("attention", "softcap"): 0.0, ("attention", "is_causal"): 0,
 }  # fmt: skip
-_SAME_TYPE = {"identity", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "slice", "concat", "neg",
-              "add", "sub", "mul", "div", "cos", "sin", "matmul"}  # fmt: skip
 
 
 def _name(dtype: ir.DataType) -> str:
@@ -38,6 +36,7 @@ class OnnxView:
         self.max_position = max_position
         self._cuts: dict[tuple[tuple[ir.Value, ...], frozenset[ir.Value]], Cut] = {}
         self._constant: dict[ir.Value, bool] = {}
+        self._inferred: dict[ir.Value, tuple[tuple[int | None, ...] | None, str]] | None = None
 
     @classmethod
     def of(cls, model: ir.Model) -> OnnxView:
@@ -139,27 +138,25 @@ class OnnxView:
 
     def shape(self, value: ir.Value) -> tuple[int | None, ...] | None:
         """See `View.shape`."""
-        if value.shape is not None:
-            return tuple(n if isinstance(n, int) else None for n in value.shape)
-        if self.op(value) in ("identity", "cast", "neg", "cos", "sin", "tanh", "rmsnorm") and self.inputs(value):
-            return self.shape(self.inputs(value)[0])  # type: ignore[arg-type]
-        if self.op(value) == "transpose":
-            return (None,) * len(self.attribute(value, "perm") or ()) or None
-        return self.attribute(value, "shape") if self.op(value) == "reshape" else None
+        tensor = constant_tensor(value)
+        declared = tensor.shape if tensor is not None else value.shape
+        if declared is not None:
+            return tuple(n if isinstance(n, int) else None for n in declared)
+        return self._undeclared().get(value, (None, ""))[0]
 
     def dtype(self, value: ir.Value) -> str:
         """See `View.dtype`."""
-        if value.dtype is not None:
-            return _name(value.dtype)
         tensor = constant_tensor(value)
-        if tensor is not None:
-            return _name(tensor.dtype)
-        op, node = self.op(value), value.producer()
-        if op == "cast" and "to" in node.attributes:  # type: ignore[union-attr]
-            return _name(ir.DataType(node.attributes["to"].as_int()))  # type: ignore[union-attr]
-        if op in _SAME_TYPE and self.inputs(value):
-            return self.dtype(self.inputs(value)[0])  # type: ignore[arg-type]
-        return ""
+        declared = tensor.dtype if tensor is not None else value.dtype
+        return self._undeclared().get(value, (None, ""))[1] if declared is None else _name(declared)
+
+    def _undeclared(self) -> dict[ir.Value, tuple[tuple[int | None, ...] | None, str]]:
+        """Shapes and element types that the graph leaves undeclared, as ONNX infers them; once, and without weights."""
+        if self._inferred is None:
+            self._inferred = {}
+            if any(value.shape is None or value.dtype is None for value in self.results()):
+                self._inferred = inferred(self.graph, self.opsets)
+        return self._inferred
 
     def is_output(self, value: ir.Value) -> bool:
         """See `View.is_output`."""
