@@ -163,7 +163,7 @@ def _rope_scaling(source: Path, get: Any) -> dict[str, Any] | None:
 
 
 def _names(source: Path, reader: Any, config: Any) -> dict[str, str]:
-    """GGUF tensor name -> transformers parameter name; every tensor has to find a parameter, every parameter a tensor."""
+    """GGUF tensor name -> transformers parameter name; each tensor has to find a parameter, each parameter a tensor."""
     import torch
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers import AutoModelForCausalLM

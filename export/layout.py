@@ -23,9 +23,8 @@ DATA_FILE = "model.onnx.data"
 MAX_POSITION_KEY = "mla_pass.max_position"
 """The ONNX metadata property that holds the longest position (tokens) a model was made for."""
 
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -34,7 +33,7 @@ COMPANIONS = (
     "chat_template*",
     "spiece.model",
 )
-"""File name patterns of what a model folder carries besides the weights."""
+"""File name patterns; what a model folder carries besides the weights is these and CONFIG_FILES."""
 
 
 def require_free(out: str | Path) -> Path:
@@ -80,9 +79,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if all went well
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_companions(source: Path, target: Path, *, tokenizer: bool = True) -> list[str]:
     """Copy config, generation config and tokenizer files from one model folder to another; returns their names."""
-    names = sorted({file.name for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+    patterns = CONFIG_FILES + (TOKENIZER_FILES if tokenizer else ())
+    names = sorted({file.name for pattern in patterns for file in source.glob(pattern) if file.is_file()})
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
@@ -94,11 +94,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def require_libraries(*names: str, purpose: str) -> None:
+def require_libraries(*names: str, purpose: str, extra: str = "torch") -> None:
     """Raise an MlaPassError that says what to install, if one of these import packages is missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise MlaPassError(f'{purpose} needs {" and ".join(missing)}: pip install "mla-pass[torch]"')
+        raise MlaPassError(f'{purpose} needs {" and ".join(missing)}: pip install "mla-pass[{extra}]"')
 
 
 @contextmanager
