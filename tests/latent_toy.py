@@ -2,7 +2,7 @@
 
 It is written by hand so that the runtime side is tested against something that the converter had no part in: with a
 shared cache as converted models have it, or a growing one as originals have it. Its logits depend on every cached row
-and on the positions (the rope part of a row is shifted by its position).
+and on the positions as such, not only on their differences (the rope part of a row is moved by the sine of its own).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def reference(w: Weights, tokens: np.ndarray) -> np.ndarray:
     """Logits [S, vocab] of one unpadded sequence in float64, one token after the other."""
     x = w.embed[tokens]
     positions = np.arange(len(tokens))[:, None]
-    rows = np.concatenate([x @ w.latent, x @ w.rope + 0.1 * positions], axis=1)
+    rows = np.concatenate([x @ w.latent, x @ w.rope + np.sin(positions)], axis=1)
     logits = []
     for t in range(len(tokens)):
         scores = rows[: t + 1] @ (x[t] @ w.query)
@@ -80,7 +80,7 @@ def save(folder: Path, w: Weights, cache_type: int = TensorProto.FLOAT, shared: 
     f32 = TensorProto.FLOAT
     x = add("Gather", ["embed", "input_ids"], "x", axis=0)
     position = add("Unsqueeze", [add("Cast", ["position_ids"], "position_f", to=f32), two], "position_BS1")
-    shift = add("Mul", [position, const("tenth", 0.1, np.float32)], "shift")
+    shift = add("Sin", [position], "shift")
     total = add("Shape", ["attention_mask"], "total", start=1, end=2)
     batch = add("Shape", ["input_ids"], "batch", start=0, end=1)
     new = add("Shape", ["input_ids"], "new", start=1, end=2)

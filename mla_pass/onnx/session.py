@@ -427,7 +427,7 @@ def host_view(value: Any, dtype: np.dtype) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
     if size == 0:
         return np.zeros(shape, dtype)
-    memory = (ctypes.c_char * size).from_address(value.data_ptr())
+    memory = memoryview((ctypes.c_ubyte * size).from_address(value.data_ptr()))
     return np.ndarray(shape, dtype, memory)
 
 
