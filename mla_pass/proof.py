@@ -207,6 +207,8 @@ class _Block:
         padding = np.ones((trial.batch, total), np.int64)
         padding[1::2, : trial.hidden_keys] = 0
         counted = np.maximum(padding.cumsum(axis=1) - 1, 0)[:, trial.past :]
+        if (self.view.shape(site.rope.positions) or (None,))[0] == 1:  # one row of positions for the whole batch
+            counted = np.arange(trial.past, total)[None]
         positions = counted + (0 if self.mask_reads_positions else trial.offset)
         hidden, past_key, past_value = _inputs(site, trial, positions, rng)
         mask = self._mask(trial, padding, rng)

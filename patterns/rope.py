@@ -186,7 +186,8 @@ def _table_rows(view: View, found: Rotation) -> list[int]:
 
 def _run(view: View, found: Rotation, positions: Handle, x: np.ndarray, at: np.ndarray) -> np.ndarray:
     """The region's result [B, H, S, D] at the given positions."""
-    feeds = {found.x: arrange(x, found.axes), positions: np.repeat(at[None].astype(np.int64), len(x), axis=0)}
+    rows = 1 if (view.shape(positions) or (None,))[0] == 1 else len(x)
+    feeds = {found.x: arrange(x, found.axes), positions: np.repeat(at[None].astype(np.int64), rows, axis=0)}
     try:
         _lend_sizes(view, [found.out], feeds, len(x), len(at))
         return to_heads(view.evaluate([found.out], feeds)[0], found.axes, x.shape)  # type: ignore[arg-type]

@@ -242,7 +242,7 @@ class SiteReader:
         one = self.ropes.read(query.rotation, query_branch.heads, query_branch.head_dim)
         other = self.ropes.read(key.rotation, key_branch.heads, key_branch.head_dim)
         same = (
-            np.allclose(one.theta, other.theta, rtol=1e-6, atol=1e-10)  # equal, but for angles read off tables
+            np.allclose(one.theta, other.theta, rtol=1e-6, atol=1e-10)  # equal, save where read off tables
             and (one.rotary_dim, one.interleaved) == (other.rotary_dim, other.interleaved)
             and np.isclose(one.attention_scaling, other.attention_scaling, rtol=1e-5)
             and one.positions is other.positions

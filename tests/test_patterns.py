@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,87 @@ from mla_pass.patterns import find_sites
 from mla_pass.proof import admit
 from mla_pass.site import AttentionSite, Refusal
 from tests import graphs
+from tests.families import FAMILIES, exported
+
+# ------------------------------------------------------------------------------------- every family
+
+_PLAIN = "H=4 G=2 D=16 rope=16h mask=causal+padding scale=0.25"
+_WINDOW = "H=4 G=2 D=16 rope=16h mask=causal+window8+padding scale=0.25"
+_GEMMA2 = "H=4 G=2 D=16 rope=16h mask=causal{}+padding scale=0.204124 softcap=5"
+_GEMMA3 = "H=4 G=2 D=16 rope=16h norm=qk mask=causal{}+padding scale=0.204124"
+EXPECTED = {
+    "llama": [_PLAIN] * 2,
+    "llama_mha": [_PLAIN.replace("G=2", "G=4")] * 2,
+    "llama_mqa": [_PLAIN.replace("G=2", "G=1")] * 2,
+    "llama_tied": [_PLAIN] * 2,
+    "llama3": [_PLAIN] * 2,
+    "llama_yarn": [_PLAIN.replace("rope=16h", "rope=16h*1.139")] * 2,
+    "qwen2": [_PLAIN.replace("mask", "bias=qkv mask")] * 2,
+    "qwen3": [_PLAIN.replace("mask", "norm=qk mask")] * 2,
+    "mistral": [_WINDOW] * 2,
+    "mixtral": [_PLAIN] * 2,
+    "gemma": [_PLAIN] * 2,
+    "gemma2": [_GEMMA2.format("+window8"), _GEMMA2.format("")] * 2,
+    "gemma3": [_GEMMA3.format(window) for window in ("+window8", "+window8", "", "+window8")],
+    "phi3": [_PLAIN] * 2,
+    "phi3_partial": [_PLAIN.replace("rope=16h", "rope=8h")] * 2,
+}
+"""What the configuration of each family says, layer by layer."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str) -> None:
+    _assert_family(family, 18)
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_opset(opset: int) -> None:
+    _assert_family("gemma3", opset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [23, 24])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_at_every_opset(family: str, opset: int) -> None:
+    _assert_family(family, opset)
+
+
+def _assert_family(family: str, opset: int) -> None:
+    found = find_sites(ir.load(exported(family, opset) / "model.onnx"))
+    lines = [_line(site) for site in found]
+    assert lines == [
+        f"model.layers.{layer}.self_attn: {line} float32" for layer, line in enumerate(EXPECTED[family])
+    ]
+    assert [site.layer for site in found if isinstance(site, AttentionSite)] == list(range(len(EXPECTED[family])))
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama_yarn", "gemma3", "phi3_partial"])
+def test_angles_are_torchs(family: str) -> None:
+    """The angles read off the graph are the frequencies that the model was built with, each layer its own."""
+    model = FAMILIES[family]()
+    buffers = dict(model.model.rotary_emb.named_buffers())
+    kinds = getattr(model.config, "layer_types", None) or [""] * model.config.num_hidden_layers
+    sites = find_sites(ir.load(exported(family) / "model.onnx"))
+    assert len(sites) == len(kinds)
+    for site, kind in zip(sites, kinds, strict=True):
+        assert isinstance(site, AttentionSite)
+        theta = buffers[f"{kind}_inv_freq" if f"{kind}_inv_freq" in buffers else "inv_freq"].double().numpy()
+        np.testing.assert_array_equal(site.rope.theta, theta)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_half_precision(family: str, dtype: str) -> None:
+    """The same reading, but for the scale, which the graph rounds."""
+    sites = find_sites(ir.load(exported(family, 18, dtype) / "model.onnx"))
+    lines = [re.sub(r"scale=\S+", "", _line(site)) for site in sites]
+    expected = [re.sub(r"scale=\S+", "", line) for line in EXPECTED[family]]
+    assert lines == [f"model.layers.{layer}.self_attn: {line} {dtype}" for layer, line in enumerate(expected)]
+    for site in sites:
+        assert isinstance(site, AttentionSite)
+        assert site.scale == pytest.approx(0.25 if family == "llama" else 24**-0.5, rel=1e-2)
+        assert site.query.projection.weight.dtype == dtype
+
 
 # ------------------------------------------------------------------------------------- golden graphs
 
@@ -143,6 +225,20 @@ def test_tables_gathered_by_position() -> None:
     site = _only_site(model)
     assert _line(site) == expected[0]
     np.testing.assert_allclose(site.rope.theta, theta, rtol=2e-7)
+    assert admit(model, [site]) == [site]
+
+
+def test_positions_counted_from_the_past() -> None:
+    """Positions that the graph counts itself, one row for the whole batch."""
+    model, expected = graphs.load("llama_opset18")
+    first = ir.Value(name="first", const_value=ir.tensor(np.array([0]), name="first"))
+    model.graph.register_initializer(first)
+    row = ir.node("Unsqueeze", [_value(model, "add_34"), first])
+    model.graph.insert_after(_producer(model, "add_34"), row)
+    _producer(model, "unsqueeze_12").replace_input_with(0, row.outputs[0])
+    site = _only_site(model)
+    assert _line(site) == expected[0]
+    assert site.rope.positions is row.outputs[0]
     assert admit(model, [site]) == [site]
 
 

@@ -67,11 +67,16 @@ def constant_array(value: ir.Value) -> np.ndarray:
 
 
 def cut(
-    outputs: Sequence[ir.Value], given: Sequence[ir.Value], opsets: Mapping[str, int], *, widen: bool = True
+    outputs: Sequence[ir.Value],
+    given: Sequence[ir.Value],
+    opsets: Mapping[str, int],
+    *,
+    widen: bool = True,
+    dtypes: Mapping[ir.Value, str] | None = None,
 ) -> Cut:
     """Cuts out the nodes between `given` and `outputs`; graph inputs met on the way become `Cut.open`.
 
-    `widen` computes half precision in float32. Raises EvaluationError when a node on the way has a body (If, Loop).
+    `widen` computes half precision in float32; `dtypes` are the element types of `given` where the graph tells none. Raises EvaluationError when a node on the way has a body (If, Loop).
     """
     widened = _widened if widen else lambda dtype: dtype
     promoted = _promoted if widen else lambda array: array
@@ -93,6 +98,8 @@ def cut(
             inline.append(made)
         else:
             dtype = tensor.dtype if tensor is not None else value.dtype
+            if dtype is None and dtypes and dtypes.get(value):
+                dtype = ir.DataType.from_numpy(np.dtype(dtypes[value]))
             made = ir.Value(name=value.name, type=ir.TensorType(widened(dtype or ir.DataType.FLOAT)))
             shape = tensor.shape if tensor is not None else value.shape
             made.shape = None if shape is None else ir.Shape([n if isinstance(n, int) else None for n in shape])

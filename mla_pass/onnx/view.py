@@ -192,13 +192,16 @@ class OnnxView:
 
     def block(self, outputs: Sequence[ir.Value], given: Sequence[ir.Value]) -> RuntimeCut:
         """See `View.block`: runs in ONNX Runtime."""
-        return RuntimeCut(cut(outputs, given, self.opsets))
+        return RuntimeCut(cut(outputs, given, self.opsets, dtypes=self._dtypes(given)))
 
     def _cut(self, outputs: Sequence[ir.Value], given: Sequence[ir.Value]) -> Cut:
         key = (tuple(outputs), frozenset(given))
         if key not in self._cuts:
-            self._cuts[key] = cut(outputs, given, self.opsets)
+            self._cuts[key] = cut(outputs, given, self.opsets, dtypes=self._dtypes(given))
         return self._cuts[key]
+
+    def _dtypes(self, given: Sequence[ir.Value]) -> dict[ir.Value, str]:
+        return {value: self.dtype(value) for value in given if value.dtype is None}
 
     def _operand(self, node: ir.Node, index: int) -> np.ndarray | None:
         """A small constant operand."""

@@ -28,7 +28,8 @@ def load(name: str) -> tuple[ir.Model, list[str]]:
     rng = np.random.default_rng(0)
     for value in [value for value in model.graph.inputs if value.name in told["random_weights"].split()]:
         shape = tuple(int(size) for size in value.shape.numpy())
-        value.const_value = ir.tensor(rng.normal(scale=shape[0] ** -0.5, size=shape).astype(np.float32), name=value.name)
+        array = rng.normal(scale=shape[0] ** -0.5, size=shape).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
         model.graph.inputs.remove(value)
         model.graph.register_initializer(value)
     return model, expected
