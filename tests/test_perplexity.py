@@ -124,3 +124,5 @@ class TestSampleTokens:
     def test_bad_counts(self, toy: ModelSession) -> None:
         with pytest.raises(MlaPassError, match="expected at least 1, 2 and 1"):
             sample_tokens(toy, 0)
+        with pytest.raises(MlaPassError, match="rows of 5000 tokens need 4999 positions; the model has 4096"):
+            sample_tokens(toy, 5000, length=5000)

@@ -119,6 +119,11 @@ def sample_tokens(
         raise MlaPassError(
             f"sampling {count} tokens in rows of {length}, {batch} at a time; expected at least 1, 2 and 1"
         )
+    if session.max_position is not None and length - 1 > session.max_position:  # told before the work, not amid it
+        raise MlaPassError(
+            f"rows of {length} tokens need {length - 1} positions; the model has {session.max_position}: "
+            "ask for shorter rows"
+        )
     config = GenerateConfig(temperature=temperature, seed=seed)
     rows = -(-count // length)
     random = generators(seed, rows)
