@@ -185,9 +185,13 @@ def _session_folder() -> Path:
     return folder
 
 
-@functools.cache
 def exported(family: str, opset: int = 18, dtype: str = "float32") -> Path:
     """The exported folder of `FAMILIES[family]()`, made once a test session. Read it, never write to it."""
+    return _exported(family, opset, dtype)
+
+
+@functools.cache
+def _exported(family: str, opset: int, dtype: str) -> Path:
     from mla_pass.export.hf import export_hf
 
     return export_hf(FAMILIES[family](), _session_folder() / f"{family}-{opset}-{dtype}", dtype=dtype, opset=opset)
