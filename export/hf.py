@@ -89,8 +89,10 @@ def export_hf(
         raise MlaPassError(f"opset {opset} is not offered: choose one of {', '.join(map(str, OPSETS))}")
     target = require_free(out)
     require_libraries("torch", "transformers", "onnxscript", purpose="exporting a Hugging Face model")
+    import torch.onnx  # sets its loggers up when first imported: before they are muted
+
     with quiet(*LOGGERS):
-        folder = None if _is_module(source) else _locate(str(source))
+        folder = None if isinstance(source, torch.nn.Module) else _locate(str(source))
         model = _prepare(_load(folder, dtype) if folder else source, dtype)
         graph = _trace(model, opset)
         with new_folder(target) as partial:
@@ -101,12 +103,6 @@ def export_hf(
 
 
 # ---- finding and loading
-
-
-def _is_module(source: object) -> bool:
-    import torch
-
-    return isinstance(source, torch.nn.Module)
 
 
 def _locate(source: str) -> Path:
@@ -413,9 +409,7 @@ def _verify(model: Any, path: Path, dtype: str) -> None:
         _compare(found, expected, mask[:, past:].bool().numpy(), mask.bool().numpy(), TOLERANCE[dtype])
 
 
-def _reference(
-    model: Any, ids: Any, mask: Any, past: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _reference(model: Any, ids: Any, mask: Any, past: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """torch's outputs for the last tokens, and the feeds that ask the exported model for the same."""
     import torch
     from transformers import DynamicCache
