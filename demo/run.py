@@ -4,6 +4,7 @@ Each step is skipped when its output is already in the cache folder; every numbe
 """
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 from smollm2 import checkpoint
 
 import mla_pass
+from mla_pass.convert import RECORD
 from mla_pass.export.hf import export_hf
 from mla_pass.onnx.generate import GenerateConfig, Generation, generate
 from mla_pass.onnx.perplexity import Perplexity, paired, perplexity
 from mla_pass.onnx.session import ModelSession
 from mla_pass.onnx.text import load_tokenizer
+from mla_pass.report import Report
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "The tide is the rise and fall of the sea. It is caused by"
@@ -58,7 +61,8 @@ def demo(cache: Path, budget: float, prompt: str) -> None:
         _say(f"converting to latent attention at {budget:g} of the cache, on text that the model writes itself")
         result = mla_pass.convert(original, mla_pass.MlaConfig(budget=budget), progress=_progress)
         result.save(converted)
-        print(result.report.text(), end="\n\n")
+    record = json.loads((converted / RECORD).read_text())
+    print(Report.from_json(record["report"]).text(), end="\n\n")
     runs = []
     for folder in (original, converted):
         _say(f"running {folder.name}")

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
+
+from mla_pass.errors import MlaPassError
 
 FORMAT_VERSION = 1
 """Version of the JSON that `Report.to_json` writes; raised when a field changes its meaning or goes."""
@@ -100,6 +102,16 @@ class Report:
             name: getattr(self, name) for name in ("cache_before", "cache_after", "weights_before", "weights_after")
         }
         return {"format_version": FORMAT_VERSION, **asdict(self), "totals": totals, "worse": list(self.worse())}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read what :meth:`to_json` wrote. Raises MlaPassError for another format version."""
+        if data.get("format_version") != FORMAT_VERSION:
+            raise MlaPassError(
+                f"report of format version {data.get('format_version')}; this mla_pass reads {FORMAT_VERSION}"
+            )
+        layers = tuple(LayerReport(**layer) for layer in data["layers"])
+        return cls(layers, tuple(data["refusals"]), data["dtype"], tuple(data["notes"]))
 
 
 _HEADER = ("layer", "heads", "groups", "head dim", "rank", "rope dims", "kept", "output error", "cache B/token",

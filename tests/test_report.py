@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from mla_pass.errors import MlaPassError
 from mla_pass.report import LayerReport, Report
 
 LAYER = LayerReport(
@@ -61,7 +62,12 @@ def test_json_holds_every_field() -> None:
     assert LayerReport(**data["layers"][0]) == LAYER
     assert data["totals"]["cache_after"] == 512
     assert data["format_version"] == 1
-    assert data["dtype"] == "float32"
+    assert Report.from_json(data) == report(LAYER)
+
+
+def test_json_of_another_version_is_refused() -> None:
+    with pytest.raises(MlaPassError, match="format version 99"):
+        Report.from_json({**report(LAYER).to_json(), "format_version": 99})
 
 
 def test_an_empty_report_is_still_readable() -> None:
