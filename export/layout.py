@@ -37,10 +37,10 @@ TOKENIZER_FILES = (
 
 
 def require_free(out: str | Path) -> Path:
-    """`out` as a path at which a new folder may be made.
+    """`out` as a path at which a new folder may be made; a look before the work, not a promise.
 
     Raises:
-        MlaPassError: something other than an empty folder is there already.
+        MlaPassError: something other than an empty folder is there already, or the folder above cannot be written.
     """
     path = Path(out)
     if path.is_dir():
@@ -48,6 +48,11 @@ def require_free(out: str | Path) -> Path:
             raise MlaPassError(f"the output folder {path} already holds files: name a new folder or empty this one")
     elif path.exists() or path.is_symlink():
         raise MlaPassError(f"the output {path} exists and is not a folder: name a new folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise MlaPassError(f"cannot write the output folder {path}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise MlaPassError(f"cannot write the output folder {path}: no permission to write in {above}")
     return path
 
 
