@@ -270,6 +270,15 @@ def test_mask_that_biases_is_additive() -> None:
     assert _only_site(model).mask.kind == "additive"
 
 
+def test_mask_that_hides_a_little_is_additive() -> None:
+    """Keys pushed back by a small penalty are still seen."""
+    model, _ = graphs.load("llama_opset18")
+    model.graph.initializers["val_232"].const_value = ir.tensor(np.float32(-5.0), name="val_232")
+    site = _only_site(model)
+    assert site.mask.kind == "additive"
+    assert admit(model, [site]) == [site]
+
+
 def test_mask_given_as_float_input_is_additive() -> None:
     model, _ = graphs.load("llama_opset18")
     given = ir.Value(name="bias", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["b", 1, "s", "t"]))

@@ -81,7 +81,7 @@ def _with_mask(site: AttentionSite, **changes: Any) -> AttentionSite:
 
 def _one_slow_pair(site: AttentionSite) -> AttentionSite:
     theta = site.rope.theta.copy()
-    theta[-1] *= 1.1
+    theta[-1] *= 1.01  # shows only far out
     return _with_rope(site, theta=theta)
 
 
