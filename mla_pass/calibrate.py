@@ -3,8 +3,8 @@
 The graph itself is run, on ONNX Runtime, with each site's query, key and value before rotation as extra outputs; no
 torch and no knowledge of the architecture. Attention is recomputed from these in numpy and differentiated by hand, so
 that the metric is the exact Gauss-Newton matrix of the block's output: with omega a random sign vector per token,
-gamma_t = d(sum_i omega_i . W_o context_i) / d y_t has E[gamma gamma^T] = E[J_t^T J_t], the expected squared output error
-per unit of error in a cached row, errors of different tokens being independent.
+gamma_t = d(sum_i omega_i . W_o context_i) / d y_t has E[gamma gamma^T] = E[J_t^T J_t], the expected squared output
+error per unit of error in a cached row, errors of different tokens being independent.
 """
 
 from __future__ import annotations

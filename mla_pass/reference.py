@@ -1,4 +1,4 @@
-"""Latent attention in plain numpy, float64: the truth that every backend is held to. Expanded form, one row at a time."""
+"""Latent attention in plain numpy, float64: the truth that every backend is held to, in its expanded form."""
 
 from __future__ import annotations
 

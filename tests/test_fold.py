@@ -57,9 +57,11 @@ class Case:
         width = G * (D + V)
         basis = rng.standard_normal((width // 3, width))
         mean = 2 * rng.standard_normal(width)
-        draw = lambda n: (
-            rng.standard_normal((n, width // 3)) @ basis / 4 + mean + noise * rng.standard_normal((n, width))
-        )
+
+        def draw(n: int) -> np.ndarray:
+            seen = rng.standard_normal((n, width // 3)) @ basis / 4
+            return seen + mean + noise * rng.standard_normal((n, width))
+
         y, self.y = draw(4000), draw(T)
         gamma = rng.standard_normal((4000, width)) * rng.uniform(0.3, 3, width)
         self.q = rng.standard_normal((S, H, D))

@@ -12,6 +12,7 @@ theta * B <= band_angle where it can be; pairs that turn too far within the fine
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -24,8 +25,9 @@ MAX_ANGLE = {0: np.pi, 1: 2 * np.pi}
 
 @dataclass(frozen=True)
 class Bands:
-    """The un-cached rotary pairs. `index` [m] columns of the rope's theta, finest blocks first; `block`, `a0`, `a1` [m].
+    """The un-cached rotary pairs.
 
+    `index` [m]: columns of the rope's theta, finest blocks first; `block`, `a0`, `a1` [m] as above.
     `still` [k]: columns of the pairs that are not turned at all.
     """
 
@@ -38,8 +40,13 @@ class Bands:
     @property
     def levels(self) -> list[tuple[int, int, int]]:
         """(block size, first pair, end pair) of every run of equal block size, finest first."""
-        edges = [0, *(np.flatnonzero(np.diff(self.block)) + 1).tolist(), len(self.block)]
-        return [(int(self.block[a]), a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+        return levels_of(self.block)
+
+
+def levels_of(block: np.ndarray) -> list[tuple[int, int, int]]:
+    """(value, start, end) of every run of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(block)]
+    return [(int(block[a]), a, b) for a, b in pairwise(edges) if b > a]
 
 
 def fit(theta: float, block: int, order: int) -> tuple[float, float]:

@@ -21,8 +21,8 @@ class Components:
     """Rope components, ordered from the most to the least worth caching rotated; c counts over all of them, G*R/2.
 
     `pair` [c]: the frequency each belongs to. `analysis` [c, G]: rho = analysis @ kappa_pair. `synthesis` [c, G]:
-    kappa_pair = sum_c synthesis[c] * rho[c] over the components of the pair. `loss` [c]: predicted output error when the
-    component's rotation is left to the bands.
+    kappa_pair = sum_c synthesis[c] * rho[c] over the components of the pair. `loss` [c]: predicted output error when
+    the component's rotation is left to the bands.
     """
 
     pair: np.ndarray

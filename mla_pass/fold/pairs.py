@@ -1,7 +1,7 @@
 """Rotary pairs as complex numbers.
 
 RoPE turns the pair (i, i + R/2), or (2i, 2i + 1) when interleaved, by theta_i * position. Read as one complex number
-kappa_i it is multiplied by exp(j * theta_i * position), and a logit is Re sum_i conj(chi_i) kappa_i exp(j theta_i (s - t)).
+kappa_i it is multiplied by exp(j theta_i position), and a logit is Re sum_i conj(chi_i) kappa_i exp(j theta_i (s - t)).
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 One node updates the cache, rotates the new row's rope part, attends over the latents and decodes the values.
 
-Inputs                                                                                  Dimensions
-    query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map     B batch, S new tokens, T = total
-    row [B, S, r+p]          new rows [latent, rope real parts, rope imaginary parts]       H heads, G kv groups, D head size
-    past_latent [B, 1, C, r], past_rope [B, 1, C, p]                                        r rank, p rope dims, C capacity
-    cos, sin [max, R/2]      float32 table of every frequency of the site's rope            R rotary dims, V value head size
-    position_ids [B or 1, S] int64: position of each new token, for the cached rotation     n = 2*m + u un-rotated dims
-    total_length [1]         int64, T: the new rows are rows T-S..T-1 of the cache          m band pairs, u dims left still
+Dimensions: B batch, S new tokens, T total; H heads, G kv groups, D head size, V value head size; r rank, p rope dims,
+C capacity, R rotary dims; n = 2*m + u un-rotated dims: m band pairs and u dims left still.
+
+Inputs
+    query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map
+    row [B, S, r+p]          new rows [latent, rope real parts, rope imaginary parts], not yet rotated
+    past_latent [B, 1, C, r], past_rope [B, 1, C, p]
+    cos, sin [max, R/2]      float32 table of every frequency of the site's rope
+    position_ids [B or 1, S] int64: position of each new token, for the cached rotation
+    total_length [1]         int64, T: the new rows are rows T-S..T-1 of the cache
     padding_mask [B, T]      int64, optional: 0 hides a key
     attention_bias [B or 1, 1 or H, S, T]  optional, added to the scores
-    query_map [G, D, n+p], key_up [G, n, r], key_mean [G, n], value_up [G, r, V]            each absent when folded away
+    query_map [G, D, n+p], key_up [G, n, r], key_mean [G, n], value_up [G, r, V]  each absent when folded away
 Outputs
     context [B, S, H*V] (r in place of V without value_up), present_latent, present_rope: the past with the new rows
 Attributes: num_heads, kv_groups, rank, rope_dim, nope_dim, rope_index [p/2] and band_index [m] (columns of the tables),
@@ -26,11 +29,13 @@ reads A0 + A1 delta, A1 = j a1 exp(j theta (block-1)/2), A0 = (a0 - j a1 (block-
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from mla_pass.fold.bands import levels_of
 from mla_pass.onnx.ops import Ops
 
 DOMAIN = "mla_pass"
@@ -76,9 +81,7 @@ class Variant:
     @property
     def levels(self) -> list[tuple[int, int, int]]:
         """(block, first pair, end pair) of each run of equal blocks, finest first."""
-        block = np.array(self.band_block)
-        edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(block)]
-        return [(int(block[a]), a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+        return levels_of(np.array(self.band_block))
 
     @property
     def order(self) -> int:
@@ -87,7 +90,7 @@ class Variant:
 
     @property
     def expand_from(self) -> int:
-        """New tokens from which decoding keys and values costs fewer FLOPs than absorbing the queries, per cached row."""
+        """New tokens from which decoding keys and values costs fewer FLOPs than absorbing the queries."""
         orders, h = 1 + self.order, self.num_heads
         m, r, n, v = len(self.band_index), self.rank, self.nope_dim, self.value_dim
         bands = sum(2 * (b - a) * orders * r / block for block, a, b in self.levels)
@@ -105,7 +108,7 @@ def node_attributes(v: Variant, rope_index: np.ndarray) -> list[ir.Attr]:
         "shared_buffer": int(v.shared_buffer),
     }  # fmt: skip
     # Lists carry their types: an empty one has none to infer.
-    lists = {"rope_index": rope_index, "band_index": v.band_index, "band_block": v.band_block}
+    lists: dict[str, Iterable[int]] = {"rope_index": rope_index, "band_index": v.band_index, "band_block": v.band_block}
     return [
         *(ir.AttrInt64(name, value) for name, value in integers.items()),
         *(ir.AttrInt64s(name, [int(x) for x in values]) for name, values in lists.items()),
@@ -316,6 +319,7 @@ class Body:
         v = self.v
         still = self.still_queries(o, nope, m)
         if tables is None:
+            assert still is not None  # without bands every dim is still
             # One scalar per query stands for the mean; it matters only under a softcap.
             scores = o("MatMul", o.cut(still, 0, v.rank, 3), o("Transpose", latent, perm=[0, 1, 3, 2]))
             return o("Add", scores, o.cut(still, v.rank, v.rank + 1, 3))
@@ -329,7 +333,7 @@ class Body:
                 level = self.hand_down(o, carried, level, first, finer, block)
             carried, block, first = level, size, finer
         assert carried is not None and block is not None  # tables are there, so there is a level
-        if v.nope_dim > 2 * m:
+        if still is not None:
             carried[0] = o("Add", carried[0], o("Transpose", still, perm=[0, 2, 1, 3]))
         return self.meet(o, carried, latent, block)
 
@@ -380,7 +384,7 @@ class Body:
         return sums
 
     def meet(self, o: Ops, queries: list[ir.Value], latent: ir.Value, block: int) -> ir.Value:
-        """Scores [B, 1, H*S, T] of the finest blocks' queries (each [B, H*S, blocks, r+1]) with the rows of the block."""
+        """Scores [B, 1, H*S, T] of the finest blocks' queries, each [B, H*S, blocks, r+1], with those blocks' rows."""
         v = self.v
         fill = o("Mod", o("Neg", self.total), o.scalar(block))
         padded = o("Pad", latent, o("Concat", o.ints(0), fill, axis=0), None, o.ints(2))
@@ -444,7 +448,8 @@ class Body:
             few = self.absorbed_values(absorbed, weights, latent)
             context = o(
                 "If", self.many,
-                then_branch=expanded.graph([many], "values_expanded"), else_branch=absorbed.graph([few], "values_absorbed"),
+                then_branch=expanded.graph([many], "values_expanded"),
+                else_branch=absorbed.graph([few], "values_absorbed"),
             )  # fmt: skip
         else:
             context = self.latent_sum(o, weights, latent)

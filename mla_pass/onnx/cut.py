@@ -76,7 +76,8 @@ def cut(
 ) -> Cut:
     """Cuts out the nodes between `given` and `outputs`; graph inputs met on the way become `Cut.open`.
 
-    `widen` computes half precision in float32; `dtypes` are the element types of `given` where the graph tells none. Raises EvaluationError when a node on the way has a body (If, Loop).
+    `widen` computes half precision in float32; `dtypes` are the element types of `given` where the graph
+    tells none. Raises EvaluationError when a node on the way has a body (If, Loop).
     """
     widened = _widened if widen else lambda dtype: dtype
     promoted = _promoted if widen else lambda array: array

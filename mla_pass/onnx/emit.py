@@ -39,7 +39,7 @@ class Conversion:
 
 
 class Emitter:
-    """Rewrites one model in place; `shared_buffer` tells whether present has the shape of past or grows by the new rows."""
+    """Rewrites one model in place. With `shared_buffer` present has the shape of past, else it is longer by S rows."""
 
     def __init__(self, model: ir.Model, *, max_positions: int, shared_buffer: bool) -> None:
         """Nothing is changed before :meth:`emit`."""
@@ -109,7 +109,7 @@ class Emitter:
         if site.key.norm is None and site.value.norm is None and site.key.projection.x is site.value.projection.x:
             x, bias = site.key.projection.x, w.encode_bias
             split = site.kv_groups * site.head_dim
-            weight = 0.0
+            weight = np.zeros(())
             for branch, encode in ((site.key, w.encode[:, :split]), (site.value, w.encode[:, split:])):
                 weight = weight + branch.projection.weight.read() @ encode.T
                 if branch.projection.bias is not None:
@@ -163,6 +163,7 @@ class Emitter:
     def bias(self, ops: Ops, site: AttentionSite) -> ir.Value:
         """The graph's own mask as something to add to the scores."""
         mask = site.mask.additive
+        assert mask is not None  # a mask of kind "additive" has its value
         if mask.dtype == ir.DataType.BOOL:
             zero, hidden = (ops("CastLike", ops.floats(x), site.query.value) for x in (0.0, -np.inf))
             return ops("Where", mask, zero, hidden)
@@ -214,12 +215,12 @@ class Emitter:
         # The angle is rounded to float32 before the cosine is taken, as the models do.
         angle = np.outer(np.arange(self.max_positions, dtype=np.float32), rope.theta.astype(np.float32))
         name = f"mla_pass.rope_{len(self.tables)}"
-        values = tuple(
+        cos, sin = (
             self.constant(f"{name}.{kind}", f(angle.astype(np.float64)), "float32")
             for kind, f in (("cos", np.cos), ("sin", np.sin))
         )
-        self.tables.append((rope, (values[0], values[1])))
-        return values[0], values[1]
+        self.tables.append((rope, (cos, sin)))
+        return cos, sin
 
     # ---- caches
 
@@ -266,9 +267,8 @@ class Emitter:
         olds = (site.cache.present_key, site.cache.present_value)
         for old, new, past in zip(olds, presents, (latent, rope), strict=True):
             assert past.name is not None and past.shape is not None  # made by cache_inputs
-            dims = list(past.shape.dims)
-            if not self.shared_buffer:
-                dims[2] = "total"
+            batch, one, rows, width = past.shape.dims
+            dims = [batch, one, rows if self.shared_buffer else "total", width]
             new.name, new.shape, new.type = past.name.replace("past", "present", 1), ir.Shape(dims), past.type
             outputs[outputs.index(old)] = new
 
