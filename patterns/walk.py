@@ -212,7 +212,8 @@ class SiteReader:
             found = rotation(view, self.carries, self.order, value, axes)
             if found is not None:
                 if not cached:
-                    raise Stop(value, "keys that pass through the cache, Concat(past, new), after their rotation", EXPORT)
+                    expected = "keys that pass through the cache, Concat(past, new), after their rotation"
+                    raise Stop(value, expected, EXPORT)
                 trace.rotation = found
                 return found.x, axes
         norm = normed(view, value, axes) if trace.norm is None else None
