@@ -69,9 +69,13 @@ class Accumulator:
 
 
 def token_weights(gamma: np.ndarray) -> np.ndarray:
-    """sqrt(w) [T, 1] of each token: the size of its gradient, no less than a tenth of the usual."""
+    """sqrt(w) [T, 1] of each token, w the size of its gradient, no less than a tenth of the usual.
+
+    The square of the size would follow the quadratic model to the letter, and let the few tokens that everything
+    attends to crowd out the rest; no weight at all would spoil the metric with their outsized gradients.
+    """
     size = np.linalg.norm(gamma, axis=1, keepdims=True)
-    return np.maximum(size, np.maximum(0.1 * np.median(size), np.finfo(np.float32).tiny))
+    return np.sqrt(np.maximum(size, np.maximum(0.1 * np.median(size), np.finfo(np.float32).tiny)))
 
 
 def rotate(x: np.ndarray, rope: Rope, angle: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mla_pass.onnx.session import model_path, session
 from mla_pass.patterns import find_sites
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite, Refusal
+from mla_pass.statistics import SiteStatistics
 
 RECORD = "mla_pass.json"
 SELF_BATCH = 32
@@ -34,6 +35,8 @@ class Result:
     config: MlaConfig
     source: Path | None
     """Folder of the original, whose tokenizer and configuration go along."""
+    statistics: tuple[SiteStatistics, ...]
+    """What calibration saw, a block each; another conversion of the same model can start from them."""
 
     def save(self, out: str | Path) -> Path:
         """Write the folder `out`: the model, what was done to it (mla_pass.json), tokenizer and configuration.
@@ -55,12 +58,14 @@ class Result:
 
 def convert(
     model: str | Path | ir.Model, config: MlaConfig | None = None, *,
-    calibrate: str | Path | np.ndarray = "self", progress: Progress | None = None,
+    calibrate: str | Path | np.ndarray = "self", statistics: Sequence[SiteStatistics] | None = None,
+    progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Convert a GQA model (a folder, an .onnx file, or an onnx_ir model, which is left as it is) to latent attention.
 
     `calibrate`: text to fit the latents to. "self" lets the model write it; a path is a text file (the folder's
     tokenizer reads it) or token ids in .npy; an array is token ids. An onnx_ir model has no folder and takes the last.
+    `statistics` of an earlier Result of the same model stand in for calibration, whatever the budget.
     Raises MlaPassError when the model or the request cannot be served.
     """
     config = config or MlaConfig()
@@ -74,10 +79,11 @@ def convert(
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))
     tokens, origin = token_source(source, calibrate, config)
-    rewriting = MlaPass(config, tokens, progress=progress, origin=origin)
+    rewriting = MlaPass(config, tokens, progress=progress, origin=origin, statistics=statistics)
     rewriting.call(graph)
-    assert rewriting.report is not None  # call returned
-    return Result(graph, rewriting.report, config, source.parent if source else None)
+    assert rewriting.report is not None and rewriting.statistics is not None  # call returned
+    folder = source.parent if source else None
+    return Result(graph, rewriting.report, config, folder, tuple(rewriting.statistics))
 
 
 def explain(model: str | Path) -> list[AttentionSite | Refusal]:

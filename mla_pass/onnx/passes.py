@@ -21,6 +21,7 @@ from mla_pass.patterns import find_sites
 from mla_pass.proof import admit
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite, Refusal
+from mla_pass.statistics import SiteStatistics
 
 Progress = Callable[[str, int, int], None]
 DEFAULT_MAX_POSITIONS = 32768
@@ -36,18 +37,20 @@ class MlaPass(ir.passes.InPlacePass):
     5. Replace each block by a LatentAttention node; caches become ``past.{layer}.latent`` and ``.rope``.
 
     `token_ids`: a function that gives calibration text as one stream of ids, called once the model is known to be
-    convertible; it is told how many tokens are wanted. After a run `report` tells what was done.
+    convertible; it is told how many tokens are wanted. After a run `report` tells what was done, and `statistics` what
+    calibration saw: given to another pass over the same model they spare step 3.
     Raises MlaPassError and leaves the model as it was when any step before the last fails.
     """
 
     def __init__(
         self, config: MlaConfig, token_ids: Callable[[int], np.ndarray], *, progress: Progress | None = None,
-        origin: str = "the token ids",
+        origin: str = "the token ids", statistics: Sequence[SiteStatistics] | None = None,
     ) -> None:  # fmt: skip
         """`origin` names the calibration text in messages; `progress` hears (stage, done, total)."""
         super().__init__()
         self.config, self.token_ids, self.origin = config, token_ids, origin
         self.progress: Progress = progress or (lambda stage, done, total: None)
+        self.statistics = statistics
         self.report: Report | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -94,23 +97,36 @@ class MlaPass(ir.passes.InPlacePass):
 
     def prepare(self, model: ir.Model, sites: Sequence[AttentionSite]) -> list[Prepared]:
         """Calibrate, and do what does not depend on the split of the budget."""
-        config, needed = self.config, tokens_needed(sites)
-        wanted = max(config.calibrate_tokens, needed) + config.calibrate_context
-        windows = cut_windows(
-            self.token_ids(wanted), config.calibrate_context, wanted - config.calibrate_context, needed, self.origin
-        )
-        run = instrument(model, sites)
-        statistics = calibrate(
-            sites, run, windows, progress=lambda done, total: self.progress("calibrating", done, total)
-        )
+        config = self.config
+        if self.statistics is None:
+            self.statistics = self.observe(model, sites)
+        if len(self.statistics) != len(sites):
+            raise MlaPassError(
+                f"the statistics given are of {len(self.statistics)} attention blocks, the model has {len(sites)}; "
+                "calibrate this model anew"
+            )
         recipe = Recipe(config.rope_mode, config.finest_block, config.block_order, config.band_angle, config.metric_mix)
         prepared = []
-        for done, (site, seen) in enumerate(zip(sites, statistics, strict=True)):
+        for done, (site, seen) in enumerate(zip(sites, self.statistics, strict=True)):
             self.progress("ranking components", done, len(sites))
             geometry = Geometry(site.kv_groups, site.head_dim, site.value_dim, site.rope, site.softcap > 0)
             prepared.append(prepare(geometry, seen, recipe))
         self.progress("ranking components", len(sites), len(sites))
         return prepared
+
+    def observe(self, model: ir.Model, sites: Sequence[AttentionSite]) -> list[SiteStatistics]:
+        """Run the model over the calibration text."""
+        config, needed = self.config, tokens_needed(sites)
+        held_out = config.calibrate_context
+        wanted = max(config.calibrate_tokens, needed)
+        self.progress("getting calibration text", 0, 1)
+        ids = self.token_ids(wanted + held_out)
+        self.progress("getting calibration text", 1, 1)
+        windows = cut_windows(ids, config.calibrate_context, wanted, needed, self.origin)
+        return calibrate(
+            sites, instrument(model, sites), windows,
+            progress=lambda done, total: self.progress("calibrating", done, total),
+        )  # fmt: skip
 
     def rewrite(self, model: ir.Model, conversions: Sequence[Conversion]) -> tuple[str, ...]:
         """Change the graph; returns what the user should know."""

@@ -1,0 +1,181 @@
+"""Calibration against finite differences of attention written out, and against torch's own activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mla_pass import MlaPassError
+from mla_pass.calibrate import Accumulator, Run, calibrate, cut_windows, output_gradient
+from mla_pass.onnx.instrument import instrument
+from mla_pass.onnx.io import load_model
+from mla_pass.patterns import find_sites
+from mla_pass.site import AttentionSite, Branch, Cache, Mask, Projection, Weight
+from tests.families import FAMILIES, exported
+from tests.test_fold import ROPES, D, G, H, V, gqa, rope_of
+
+T, E = 20, 24
+
+
+def make_site(rope=None, softcap: float = 0.0, window: int = 0) -> AttentionSite:
+    output = np.random.default_rng(3).standard_normal((H * V, E))
+    weight = Weight(output.shape, "float32", lambda: output)
+    branch = lambda heads, size: Branch(Projection(None, weight, None), None, None, "BSE", heads, size)  # noqa: E731
+    mask = Mask("structured", True, window, None, None)
+    return AttentionSite(
+        "site", 0, branch(H, D), branch(G, D), branch(G, V), rope or rope_of(), Cache(None, None, None, None), mask,
+        0.2, softcap, None, Projection(None, weight, None), "float32",
+    )  # fmt: skip
+
+
+class Fixed:
+    """Stands in for a random generator: hands out the omega it was given."""
+
+    def __init__(self, omega: np.ndarray) -> None:
+        self.omega = omega
+
+    def choice(self, *_: object, **__: object) -> np.ndarray:
+        return self.omega
+
+
+def activations(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((T, H, D)), rng.standard_normal((T, G, D)), rng.standard_normal((T, G, V))
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (2.0, 0), (0.0, 6)])
+def test_gradient_is_that_of_the_output(rope, softcap: float, window: int) -> None:
+    site = make_site(rope, softcap, window)
+    q, k, v = activations()
+    omega = np.random.default_rng(1).choice([-1.0, 1.0], size=(T, E))
+    row, column = np.arange(T)[:, None], np.arange(T)[None]
+    keep = (column <= row) & ((row - column < window) if window else True)
+    output = site.output.weight.read()
+
+    def projected(key: np.ndarray, value: np.ndarray) -> float:
+        return float((omega * (gqa(q, key, value, keep, rope, 0.2, softcap).reshape(T, -1) @ output)).sum())
+
+    (d_key, d_value), _ = output_gradient(site, q, k, v, output, Fixed(omega))
+    rng = np.random.default_rng(2)
+    for array, gradient, of in (
+        (k, d_key, lambda step: projected(k + step, v)),
+        (v, d_value, lambda step: projected(k, v + step)),
+    ):
+        for _ in range(6):
+            at = (rng.integers(T), rng.integers(G), rng.integers(array.shape[2]))
+            step = np.zeros_like(array)
+            step[at] = 1e-5
+            slope = (of(step) - of(-step)) / 2e-5
+            assert gradient.reshape(array.shape)[at] == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_attention_mass_by_distance() -> None:
+    site, (q, k, v) = make_site(), activations()
+    _, distance = output_gradient(site, q, k, v, site.output.weight.read(), np.random.default_rng(0))
+    assert distance.sum() == pytest.approx(T * H)
+    only = [np.zeros_like(x) for x in (q, k, v)]
+    only[1][5], only[0][9] = 60.0, 60.0  # token 9 looks at token 5, four rows back, and nowhere else
+    flat = make_site(rope_of(base=1e9))
+    one = output_gradient(flat, *only, flat.output.weight.read(), np.random.default_rng(0))[1]
+    uniform = output_gradient(
+        flat, *(np.zeros_like(x) for x in only), flat.output.weight.read(), np.random.default_rng(0)
+    )[1]
+    assert one[4] - uniform[4] > 0.8 * H
+
+
+def test_moments_of_windows_add_up() -> None:
+    # Two windows at once or one by one, and the weighted mean and covariance by their definitions.
+    site = make_site()
+    windows = [activations(seed) for seed in (0, 1, 2)]
+    run = Run(lambda ids: [tuple(a[: len(ids)] for a in windows[int(ids[0])])])
+    ids = np.repeat(np.arange(3)[:, None], T, axis=1)
+    got = calibrate([site], run, ids)[0]
+    assert got.tokens == 2 * T
+    assert got.sample is not None and np.array_equal(got.sample.key, windows[2][1])
+    random = np.random.default_rng(0)
+    output = site.output.weight.read().astype(np.float32)
+    ys, roots = [], []
+    for q, k, v in windows[:2]:
+        gammas, _ = output_gradient(site, q, k, v, output, random)
+        sizes = [np.linalg.norm(g, axis=1) for g in gammas]
+        root = [np.sqrt(np.maximum(s, 0.1 * np.median(s))) for s in sizes]
+        ys.append(np.concatenate([k.reshape(T, -1), v.reshape(T, -1)], axis=1))
+        roots.append(
+            np.concatenate([np.repeat(r[:, None], w, 1) for r, w in zip(root, (G * D, G * V), strict=True)], 1)
+        )
+    y, root = np.concatenate(ys), np.concatenate(roots)
+    mean = (root**2 * y).sum(0) / (root**2).sum(0)
+    centred = root * (y - mean) / np.sqrt((root**2).mean(0))
+    np.testing.assert_allclose(got.mean, mean, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(got.covariance, centred.T @ centred / len(y), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
+def test_graph_gives_torchs_queries_keys_and_values(family: str) -> None:
+    import torch
+
+    model = load_model(exported(family))
+    sites = [site for site in find_sites(model) if isinstance(site, AttentionSite)]
+    ids = np.random.default_rng(0).integers(3, 97, 19)
+    got = instrument(model, sites).forward(ids)
+    torch_model, seen = FAMILIES[family](), {}
+    for layer, block in enumerate(torch_model.model.layers):
+        attention = block.self_attn
+        names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+        if hasattr(attention, "q_norm"):
+            names = ["q_norm", "k_norm", "v_proj"]
+        for name in names:
+            getattr(attention, name).register_forward_hook(
+                lambda _m, _i, out, key=(layer, name): seen.__setitem__(key, out.detach()[0].numpy())
+            )
+    with torch.no_grad():
+        torch_model(torch.from_numpy(ids)[None])
+    for site, arrays in zip(sites, got, strict=True):
+        want = [seen[site.layer, name] for name in names]
+        if len(want) == 1:
+            sizes = [b.heads * b.head_dim for b in (site.query, site.key, site.value)]
+            want = np.split(want[0], np.cumsum(sizes)[:-1], axis=-1)
+        for ours, theirs in zip(arrays, want, strict=True):
+            theirs = theirs.swapaxes(0, 1) if theirs.ndim == 3 and len(theirs) != len(ids) else theirs
+            np.testing.assert_allclose(ours.reshape(len(ids), -1), theirs.reshape(len(ids), -1), rtol=0, atol=1e-4)
+
+
+def test_windows_are_cut_and_short_text_is_named() -> None:
+    windows = cut_windows(np.arange(1000), 100, 500, 200, "text")
+    assert windows.shape == (6, 100) and (windows.reshape(-1) == np.arange(600)).all()
+    assert cut_windows(np.arange(90), 100, 500, 30, "text").shape == (2, 45)
+    with pytest.raises(MlaPassError, match="text has 250 tokens, but this model needs at least 400"):
+        cut_windows(np.arange(250), 100, 500, 300, "text")
+
+
+def test_accumulator_keeps_no_window() -> None:
+    site = make_site()
+    sums = Accumulator(site, T, 0)
+    held = {name: value.nbytes for name, value in vars(sums).items() if isinstance(value, np.ndarray)}
+    sums.add(*activations())
+    sums.add(*activations(1))
+    assert {name: value.nbytes for name, value in vars(sums).items() if isinstance(value, np.ndarray)} == held
+
+
+def test_bfloat16_graph_is_calibrated_in_float32() -> None:
+    half, full = (load_model(exported("llama", 18, dtype)) for dtype in ("bfloat16", "float32"))
+    ids = np.random.default_rng(0).integers(3, 97, 19)
+    runs = [
+        instrument(m, [s for s in find_sites(m) if isinstance(s, AttentionSite)]).forward(ids) for m in (half, full)
+    ]
+    for ours, theirs in zip(*runs, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.abs(a - b).max() < 0.05 * np.abs(b).max()  # bfloat16 weights keep 8 bits
+
+
+def test_weights_in_two_folders_are_refused(tmp_path) -> None:
+    model = load_model(exported("llama"))
+    first = next(v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
+    old = first.const_value
+    first.const_value = ir.ExternalTensor(
+        old.location, old.offset, old.length, old.dtype, shape=old.shape, name=old.name, base_dir=tmp_path
+    )
+    with pytest.raises(MlaPassError, match="several folders"):
+        instrument(model, [s for s in find_sites(model) if isinstance(s, AttentionSite)])
