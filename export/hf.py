@@ -23,6 +23,7 @@ import copy
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -477,4 +478,4 @@ def _compare(
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], 300, placeholder=" ...") if lines else type(error).__name__
