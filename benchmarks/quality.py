@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="folder of the exported original")
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
     parser.add_argument("--calibrate", default="self", help="calibration text, .npy, or self")
+    parser.add_argument("--calibrate-tokens", type=int, default=32768)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--context", type=int, default=1024)
@@ -85,7 +86,10 @@ def main() -> int:
     for budget in arguments.budgets:
         print(f"converting at {budget:g}", file=sys.stderr)
         result = mla_pass.convert(
-            arguments.model, mla_pass.MlaConfig(budget=budget), calibrate=arguments.calibrate, statistics=statistics
+            arguments.model,
+            mla_pass.MlaConfig(budget=budget, calibrate_tokens=arguments.calibrate_tokens),
+            calibrate=arguments.calibrate,
+            statistics=statistics,
         )
         statistics, layer = result.statistics, result.report.layers[0]
         with tempfile.TemporaryDirectory() as folder:

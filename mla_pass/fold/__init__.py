@@ -61,6 +61,7 @@ class Recipe:
     block_order: int = 1
     band_angle: float = 1.0
     metric_mix: float = 0.1
+    key_weight: float = 2.5
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,23 @@ class Prepared:
     components: Components
 
 
-def balanced_metric(statistics: SiteStatistics, key_width: int, mix: float) -> np.ndarray:
-    """The output metric plus `mix` times an identity with the same split of the energy between keys and values.
+def balanced_metric(statistics: SiteStatistics, key_width: int, recipe: Recipe) -> np.ndarray:
+    """The output metric, keys weighed up, plus an identity with the same split of the energy between keys and values.
 
-    The quadratic model alone is best when little is cut and poor when much is.
+    Both are measured choices. Errors of keys do more harm to the model than their size in the block's output tells:
+    they change what is looked up. And the quadratic model alone is best when little is cut, poor when much is.
     """
-    metric = (statistics.metric + statistics.metric.T) / 2
+    weight = np.where(np.arange(len(statistics.metric)) < key_width, np.sqrt(recipe.key_weight), 1.0)
+    metric = (statistics.metric + statistics.metric.T) / 2 * np.outer(weight, weight)
     covariance = statistics.covariance
     identity = np.zeros(len(metric))
     for part in (slice(0, key_width), slice(key_width, None)):
         loss = float(np.sum(metric[part, part] * covariance[part, part]))
         energy = float(np.trace(covariance[part, part]))
         identity[part] = max(loss, 0.0) / energy if energy > 0 else 0.0
+    # A part that never varies still needs a metric that can be inverted.
     floor = max(float(identity.max()), float(np.trace(metric)) / len(metric), np.finfo(np.float64).tiny)
-    return metric + mix * np.diag(np.maximum(identity, 1e-6 * floor))
+    return metric + max(recipe.metric_mix, 1e-6) * np.diag(np.maximum(identity, 1e-6 * floor))
 
 
 def still_gains(theta: np.ndarray, distance: np.ndarray) -> np.ndarray:
@@ -137,7 +141,7 @@ def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> P
             raise MlaPassError("calibration met NaN or infinite activations; check the model's weights and dtype")
     rope, keys = geometry.rope, slice(0, geometry.key_width)
     pairs = pairs_of(rope, geometry.head_dim)
-    metric = balanced_metric(statistics, geometry.key_width, recipe.metric_mix)
+    metric = balanced_metric(statistics, geometry.key_width, recipe)
     if recipe.rope_mode == "block":
         bands = choose_bands(
             rope.theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle

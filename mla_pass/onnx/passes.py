@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import numpy as np
 import onnx_ir as ir
@@ -105,7 +106,7 @@ class MlaPass(ir.passes.InPlacePass):
                 f"the statistics given are of {len(self.statistics)} attention blocks, the model has {len(sites)}; "
                 "calibrate this model anew"
             )
-        recipe = Recipe(config.rope_mode, config.finest_block, config.block_order, config.band_angle, config.metric_mix)
+        recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
         prepared = []
         for done, (site, seen) in enumerate(zip(sites, self.statistics, strict=True)):
             self.progress("ranking components", done, len(sites))
