@@ -102,7 +102,7 @@ class Mask:
     """Which keys a query may see.
 
     `causal`: row s is visible to row t if s <= t. `window` > 0: only if t - s < window as well (0: no window).
-    `padding`: handle of an int64 [B, T] input of zeros (hidden key) and ones, or None.
+    `padding`: the graph's attention mask, handle of an int64 [B, T] input of zeros (hidden key) and ones, or None.
     `additive`: handle of the [B or 1, 1 or H, S, T] value that the graph adds to (or, boolean, selects in) the scores;
     when `kind` is "additive" nothing simpler describes it and it must be passed on as it is.
     """

@@ -13,7 +13,7 @@ model, and exporters disagree on which junk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,10 @@ class MaskReader:
         if key not in self._known:
             padding, others = self._read_inputs(values, positions)
             measured = None if others else _Measured(self.view, tuple(terms), padding, positions).mask()
-            self._known[key] = measured or _opaque(terms, softmax)
-        return self._known[key]
+            self._known[key] = measured or replace(_opaque(terms, softmax), padding=padding)
+        known = self._known[key]
+        # Equal masks may be values of their own: each site is handed the one it reads.
+        return known if known.additive is None else replace(known, additive=values[0])
 
     def _read_inputs(self, values: list[Handle], positions: Handle) -> tuple[Handle | None, list[Handle]]:
         """The graph inputs whose numbers the mask reads: the attention mask [B, T], and any that are no such thing."""

@@ -16,6 +16,7 @@ import mla_pass
 from mla_pass import MlaConfig, MlaPassError
 from mla_pass.onnx.session import Decoder, ModelSession
 from tests.families import FAMILIES, VOCAB, exported
+from tests.limits import file_size_limit
 
 SHAPES = [(1, 1, 7), (3, 4, 11), (2, 6, 0), (1, 2, 40)]
 SMALL = {"calibrate_tokens": 512, "calibrate_context": 64}
@@ -293,6 +294,38 @@ def test_one_unreadable_block_refuses_all(tmp_path: Path) -> None:
     tokens = tokens_of(2, 12)
     want, got = (run(mla_pass.session(folder), tokens, 5) for folder in (tmp_path / "bad", out))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * np.abs(want).max())
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    result = mla_pass.convert(exported("llama"), MlaConfig(**SMALL), calibrate=ids_file(tmp_path))
+    with file_size_limit(20_000), pytest.raises(MlaPassError, match="cannot write|File too large"):
+        result.save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["ids.npy"]
+
+
+# ---- a mask that is neither causal, nor a window, nor padding
+
+
+def test_arbitrary_mask_is_passed_on(tmp_path: Path) -> None:
+    # Attended tokens get a bonus that grows with their place: no pattern of hidden and seen keys describes it.
+    model = ir.load(exported("llama") / "model.onnx")
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    bonus = ir.tape.Tape()
+    counted = bonus.op("CumSum", [mask, bonus.op("Constant", [], {"value": ir.tensor(np.array(1))})])
+    scaled = bonus.op("Mul", [bonus.op("Cast", [counted], {"to": 1}), bonus.op("Constant", [], {"value_float": 0.07})])
+    spread = bonus.op("Unsqueeze", [scaled, bonus.op("Constant", [], {"value_ints": [1, 2]})])
+    adders = [n.inputs[0].producer() for n in model.graph if n.op_type == "Softmax"]
+    sums = [bonus.op("Add", [adder.inputs[1], spread]) for adder in adders]
+    for adder, total in zip(adders, sums, strict=True):
+        adder.replace_input_with(1, total)
+    for node in bonus.nodes:
+        model.graph.append(node)
+    model.graph.sort()
+    (tmp_path / "bias").mkdir()
+    ir.save(model, tmp_path / "bias" / "model.onnx", external_data="model.onnx.data")
+    assert {site.mask.kind for site in mla_pass.explain(tmp_path / "bias")} == {"additive"}
+    result = mla_pass.convert(tmp_path / "bias", MlaConfig(**SMALL, budget=1.0), calibrate=ids_file(tmp_path))
+    check_equal(tmp_path / "bias", result.save(tmp_path / "out"))
 
 
 # ---- bfloat16, which ONNX Runtime's CPU cannot run

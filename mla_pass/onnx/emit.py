@@ -230,16 +230,18 @@ class Emitter:
         return ops.cut(shape, 0, 1, 0), ops.cut(shape, 1, 2, 0)
 
     def total_length(self, site: AttentionSite, latent: ir.Value, front: Ops) -> ir.Value:
-        """T, int64 [1]: from the padding mask, the additive mask, or, in a growing cache, the past itself."""
+        """T, int64 [1]: from the attention mask, or, in a growing cache, the past itself.
+
+        Not from an additive mask: its size may have been read off the old caches.
+        """
         if self.total is None:
-            mask = site.mask.padding if site.mask.padding is not None else site.mask.additive
-            if mask is not None and (site.mask.padding is not None or site.mask.kind == "additive"):
-                self.total = front.cut(front("Shape", mask), -1, np.iinfo(np.int64).max, 0)
+            if site.mask.padding is not None:
+                self.total = front.cut(front("Shape", site.mask.padding), -1, np.iinfo(np.int64).max, 0)
             elif not self.shared_buffer:
                 self.total = front("Add", front.cut(front("Shape", latent), 2, 3, 0), self.sizes(front)[1])
             else:
                 raise MlaPassError(
-                    f"{site.name}: the graph takes no attention mask, so nothing tells how many rows of a shared cache "
+                    f"{site.name}: the graph reads no attention mask, so nothing tells how many rows of a shared cache "
                     "are filled; convert with cache='growing'"
                 )
         return self.total
