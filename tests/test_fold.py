@@ -150,6 +150,21 @@ def test_the_worst_reproduced_components_are_cached() -> None:
     assert best < 0.7 * worst
 
 
+def test_a_pair_left_still_is_exact_at_the_attended_distance() -> None:
+    # All attention falls three rows back: the constant in place of the rotation is then the rotation itself.
+    case = Case(rope_of())
+    geometry = replace(case.geometry, softcap=True)  # keeps the keys' mean
+    statistics = replace(case.statistics, distance=np.eye(T)[3])
+    w = fold(prepare(geometry, statistics, Recipe(rope_mode="extend")), geometry.width, 0)
+    want = rotate(case.q[:1], np.array([8]), case.rope)[0]
+    key = rotate(case.y[:1, : G * D].reshape(1, G, D), np.array([5]), case.rope)[0]
+    latent = w.encode @ case.y[0] + w.encode_bias
+    for h in range(H):
+        g = h * G // H
+        got = case.q[0, h] @ w.query_map[g] @ (w.key_up[g] @ latent + w.key_mean[g])
+        assert got == pytest.approx(want[h] @ key[g])
+
+
 def test_repeat_rotates_every_key_and_compresses_values_only() -> None:
     case = Case(rope_of(), noise=0.0)
     recipe = Recipe(rope_mode="repeat")
