@@ -45,8 +45,6 @@ class MlaConfig:
     """Largest angle, in radians, that a band's pair may turn within one block, unless the finest block exceeds it."""
     metric_mix: float = 0.1
     """Weight of the balanced identity that is mixed into the output metric."""
-    key_weight: float = 2.5
-    """How much more an output error counts that comes from keys than one that comes from values."""
     calibrate_tokens: int = 8192
     """Tokens of calibration text."""
     calibrate_context: int = 512
@@ -71,10 +69,9 @@ class MlaConfig:
             raise MlaPassError(f"finest_block must be a power of two; got {self.finest_block}")
         if self.block_order not in (0, 1):
             raise MlaPassError(f"block_order must be 0 or 1; got {self.block_order}")
-        if not (self.band_angle > 0 and self.metric_mix >= 0 and self.key_weight > 0):
+        if not (self.band_angle > 0 and self.metric_mix >= 0):
             raise MlaPassError(
-                "band_angle and key_weight must be positive and metric_mix at least 0; "
-                f"got {self.band_angle}, {self.key_weight} and {self.metric_mix}"
+                f"band_angle must be positive and metric_mix at least 0; got {self.band_angle} and {self.metric_mix}"
             )
         if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
             raise MlaPassError(

@@ -20,12 +20,11 @@ class SiteSample:
 class SiteStatistics:
     """Moments of y = [k; v], the N = G*(D + V) numbers a GQA cache keeps per token; k before rotation, after any norm.
 
-    Tokens count by how much the block's output depends on them, keys and values apart: a token that all others attend
-    to must be kept better than one that nobody looks at. `tokens`: how many were seen. `mean` [N]: E[w y]. `covariance`
-    [N, N]: that of sqrt(w) (y - mean). `metric` [N, N]: E[gamma gamma^T / w], gamma the gradient at y of a random
-    projection of the block's output; trace(metric @ covariance of an error) is then its expected squared output error.
-    `distance` [L]: share of the attention that falls on keys that many rows back; sums to 1. All float64.
-    `sample`: tokens that none of these have seen.
+    `metric` [N, N] and `covariance` [N, N] are such that an error R (y - mean) of the cached rows moves the block's
+    output by about tr(metric R covariance R^T), squared and per projection of the output; tokens count in them by how
+    much the output depends on them, and so they do in `mean` [N]. `distance` [L]: share of the attention that falls on
+    keys that many rows back; sums to 1. `tokens`: how many were seen. All float64. `sample`: tokens that none of these
+    have seen.
     """
 
     tokens: int

@@ -57,7 +57,8 @@ def test_gradient_is_that_of_the_output(rope, softcap: float, window: int) -> No
     def projected(key: np.ndarray, value: np.ndarray) -> float:
         return float((omega * (gqa(q, key, value, keep, rope, 0.2, softcap).reshape(T, -1) @ output)).sum())
 
-    (d_key, d_value), _ = output_gradient(site, q, k, v, output, Fixed(omega))
+    gamma, _ = output_gradient(site, q, k, v, output, Fixed(omega))
+    d_key, d_value = gamma[:, : G * D], gamma[:, G * D :]
     rng = np.random.default_rng(2)
     for array, gradient, of in (
         (k, d_key, lambda step: projected(k + step, v)),
@@ -85,31 +86,60 @@ def test_attention_mass_by_distance() -> None:
     assert one[4] - uniform[4] > 0.8 * H
 
 
-def test_moments_of_windows_add_up() -> None:
-    # Two windows at once or one by one, and the weighted mean and covariance by their definitions.
-    site = make_site()
+def test_held_out_window_is_not_counted() -> None:
     windows = [activations(seed) for seed in (0, 1, 2)]
     run = Run(lambda ids: [tuple(a[: len(ids)] for a in windows[int(ids[0])])])
-    ids = np.repeat(np.arange(3)[:, None], T, axis=1)
-    got = calibrate([site], run, ids)[0]
+    got = calibrate([make_site()], run, np.repeat(np.arange(3)[:, None], T, axis=1))[0]
     assert got.tokens == 2 * T
     assert got.sample is not None and np.array_equal(got.sample.key, windows[2][1])
-    random = np.random.default_rng(0)
-    output = site.output.weight.read().astype(np.float32)
-    ys, roots = [], []
-    for q, k, v in windows[:2]:
-        gammas, _ = output_gradient(site, q, k, v, output, random)
-        sizes = [np.linalg.norm(g, axis=1) for g in gammas]
-        root = [np.sqrt(np.maximum(s, 0.1 * np.median(s))) for s in sizes]
-        ys.append(np.concatenate([k.reshape(T, -1), v.reshape(T, -1)], axis=1))
-        roots.append(
-            np.concatenate([np.repeat(r[:, None], w, 1) for r, w in zip(root, (G * D, G * V), strict=True)], 1)
-        )
-    y, root = np.concatenate(ys), np.concatenate(roots)
-    mean = (root**2 * y).sum(0) / (root**2).sum(0)
-    centred = root * (y - mean) / np.sqrt((root**2).mean(0))
-    np.testing.assert_allclose(got.mean, mean, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(got.covariance, centred.T @ centred / len(y), rtol=0, atol=1e-3)
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, sink: float, windows: int = 60, length: int = 300):
+    """Statistics of rows and gradients drawn independently with known moments, and those moments.
+
+    With `sink` every window starts with one and the same row that has gradients that many times the usual.
+    """
+    rng, site, width = np.random.default_rng(5), make_site(), G * (D + V)
+    row_root, gradient_root = (rng.standard_normal((width, width)) * np.geomspace(3, 0.3, width) for _ in range(2))
+    mean, outlier = 5 * rng.standard_normal(width), 10 * rng.standard_normal(width)
+    state: dict[str, np.ndarray] = {}
+
+    def gradient(*_: object) -> tuple[np.ndarray, np.ndarray]:
+        return state["gamma"], np.ones(length)
+
+    monkeypatch.setattr("mla_pass.calibrate.output_gradient", gradient)
+    sums = Accumulator(site, length, 0)
+    for _ in range(windows):
+        y = rng.standard_normal((length, width)) @ row_root.T + mean
+        state["gamma"] = rng.standard_normal((length, width)) @ gradient_root.T
+        if sink:
+            y[0], state["gamma"][0] = outlier, sink * rng.standard_normal(width)
+        sums.add(np.zeros((length, H, D)), y[:, : G * D].reshape(-1, G, D), y[:, G * D :].reshape(-1, G, V))
+    return sums.result(None), mean, row_root @ row_root.T, gradient_root @ gradient_root.T
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine between two matrices: 1 when they differ by a factor only."""
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_moments_of_independent_tokens_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    got, mean, covariance, metric = drawn(monkeypatch, sink=0.0)
+    assert alike(got.covariance, covariance) > 0.99
+    assert alike(got.metric, metric) > 0.97  # the first windows were weighed by a poor guess
+    assert np.abs(got.mean - mean).max() < 0.2 * np.sqrt(np.diag(covariance)).max()
+
+
+def test_a_token_everything_depends_on_goes_to_the_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    # E[gamma gamma^T] would be the outlier's alone; here it shows as one row that must be kept, and nothing more.
+    got, mean, _, metric = drawn(monkeypatch, sink=100.0)
+    assert alike(got.metric, metric) > 0.9
+    top = np.linalg.eigh(got.covariance)[1][:, -1]
+    rng = np.random.default_rng(5)
+    width = len(mean)
+    _ = [rng.standard_normal((width, width)) for _ in range(2)], rng.standard_normal(width)
+    outlier = 10 * rng.standard_normal(width) - got.mean
+    assert abs(top @ outlier) / np.linalg.norm(outlier) > 0.9
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
