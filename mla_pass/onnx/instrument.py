@@ -28,7 +28,7 @@ def heads_first(array: np.ndarray, branch: Branch) -> np.ndarray:
     array = array.astype(np.float32)[0]
     if branch.layout == "BHSD":
         array = array.swapaxes(0, 1)
-    return array.reshape(array.shape[0] if branch.layout != "BSE" else len(array), branch.heads, branch.head_dim)
+    return array.reshape(len(array), branch.heads, branch.head_dim)
 
 
 def instrument(model: ir.Model, sites: Sequence[AttentionSite]) -> Run:
