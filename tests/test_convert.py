@@ -14,6 +14,7 @@ import pytest
 
 import mla_pass
 from mla_pass import MlaConfig, MlaPassError
+from mla_pass.onnx.emit import Emitter
 from mla_pass.onnx.session import Decoder, ModelSession
 from tests.families import FAMILIES, VOCAB, exported
 from tests.limits import file_size_limit
@@ -218,6 +219,13 @@ def test_truncated_external_data(tmp_path: Path) -> None:
     refuse("cut short", folder, tmp_path / "out")
     data.unlink()
     refuse("does not exist", folder, tmp_path / "out")
+
+
+def test_opset_too_old() -> None:
+    model = ir.load(exported("llama") / "model.onnx")
+    model.graph.opset_imports[""] = 17
+    with pytest.raises(MlaPassError, match="opset 17.*18 and newer"):
+        Emitter(model, max_positions=8, shared_buffer=True).emit([])
 
 
 def test_no_attention(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from mla_pass.site import AttentionSite, Branch, Rope
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 OVERLOADS_SINCE_IR = 10
+OLDEST_OPSET = 18
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,20 @@ class Emitter:
         self.total: ir.Value | None = None
 
     def emit(self, conversions: Sequence[Conversion]) -> None:
-        """Rewrite all sites. Raises MlaPassError when the old caches are used in a way that cannot be replaced."""
+        """Rewrite all sites.
+
+        Raises MlaPassError when the model's opset is too old, or its caches are used in a way that cannot be replaced.
+        """
+        if self.opset < OLDEST_OPSET:
+            raise MlaPassError(
+                f"the model uses ai.onnx opset {self.opset}; LatentAttention is written for {OLDEST_OPSET} and newer: "
+                "export the model again at that opset"
+            )
         front = Ops("mla_pass/")
         self.hidden = conversions[0].site.query.projection.x  # [B, S, E], to read B and S off
         for conversion in conversions:
             self.rewrite(conversion, front)
-        self.insert(front, None)
+        self.insert(front)
         self.drop_old_caches([c.site for c in conversions])
         self.graph.opset_imports[DOMAIN] = 1
         if len(self.functions) > 1:
@@ -66,13 +75,9 @@ class Emitter:
         self.graph.sort()
         RemoveUnusedFunctionsPass()(self.model)
 
-    def insert(self, ops: Ops, before: ir.Node | None) -> None:
+    def insert(self, ops: Ops) -> None:
         """Move collected nodes into the graph (sorted at the end)."""
-        for node in ops.nodes:
-            if before is None:
-                self.graph.append(node)
-            else:
-                self.graph.insert_before(before, node)
+        self.graph.extend(ops.nodes)
         ops.nodes = []
 
     # ---- one site
@@ -93,7 +98,7 @@ class Emitter:
         context, *presents = self.attention_node(ops, site, weights, variant, inputs)
         self.cache_outputs(site, presents, latent, rope)
         replaced, result = self.result(ops, conversion, context)
-        self.insert(ops, None)
+        self.insert(ops)
         ir.convenience.replace_all_uses_with(replaced, result)
 
     def constant(self, name: str, array: np.ndarray, dtype: str) -> ir.Value:
@@ -297,7 +302,7 @@ class Emitter:
         shape = ops("Concat", batch, ops.ints(branch.heads), past, ops.ints(branch.head_dim), axis=0)
         start, end = (node.attributes[k].as_int() if k in node.attributes else d for k, d in (("start", 0), ("end", 4)))
         result = ops.cut(shape, start, end, 0)
-        self.insert(ops, None)
+        self.insert(ops)
         ir.convenience.replace_all_uses_with(node.outputs[0], result)
         self.graph.remove(node, safe=True)
 
