@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
 from mla_pass.calibrate import attention, rotate, visible
 from mla_pass.fold import LatentWeights
 from mla_pass.onnx.absorb import Absorption, numbers_read
+from mla_pass.onnx.emit import DTYPES
 from mla_pass.reference import attend, rows
 from mla_pass.report import LayerReport
 from mla_pass.site import AttentionSite
@@ -38,7 +38,7 @@ def output_error(site: AttentionSite, statistics: SiteStatistics, weights: Laten
 
 def layer_report(site: AttentionSite, weights: LatentWeights, plan: Absorption, error: float | None) -> LayerReport:
     """One line of the report."""
-    size = np.dtype(ml_dtypes.bfloat16 if site.dtype == "bfloat16" else site.dtype).itemsize
+    size = DTYPES[site.dtype].itemsize
     row = weights.rank + weights.rope_dim
     hidden = site.key.projection.weight.shape[0]
     behind_norm = site.key.norm is not None or site.value.norm is not None

@@ -162,8 +162,7 @@ class Body:
 
     def columns(self, o: Ops, table: ir.Value, rows: ir.Value, columns: ir.Value) -> ir.Value:
         """table[rows][..., columns], float32 [*rows, len(columns)]."""
-        axis = -1
-        return o("Gather", o("Gather", table, rows, axis=0), columns, axis=axis)
+        return o("Gather", o("Gather", table, rows, axis=0), columns, axis=-1)
 
     def turn(self, o: Ops, re: ir.Value, im: ir.Value, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(re + j im) * (cos + j sin)."""
