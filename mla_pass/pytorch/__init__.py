@@ -1,0 +1,1 @@
+"""ONNX graphs as differentiable torch functions; imported only by what needs gradients."""

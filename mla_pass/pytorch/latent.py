@@ -1,0 +1,132 @@
+"""``mla_pass::LatentAttention`` as one differentiable torch function, in its expanded form.
+
+The contract (inputs, attributes, layouts) is that of `mla_pass.onnx.body`; this computes the same numbers from the
+node alone, never looking into the function's body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_pass.onnx.body import INPUTS
+from mla_pass.pytorch.attention import attend
+
+
+def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Context [B, S, H*V] and both presents; differentiable in every floating-point operand."""
+    given = dict(zip(INPUTS, operands, strict=False))
+    node = _Node({name: x for name, x in given.items() if x is not None}, attributes)
+    return node.run()
+
+
+class _Node:
+    """One execution; each method is one step."""
+
+    def __init__(self, given: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
+        self.given, self.a = given, attributes
+        self.batch, self.new = given["query"].shape[:2]
+        self.total = int(given["total_length"])
+        self.rows = torch.arange(self.total, device=given["query"].device)
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Write the rows, attend over the live ones."""
+        a, given = self.a, self.given
+        latent, rope = given["row"].split([a["rank"], a["rope_dim"]], dim=-1)
+        presents = [
+            self.written(given["past_latent"], latent[:, None]),
+            self.written(given["past_rope"], turn(rope, *self.angles())[:, None]),
+        ]
+        latent, rope = (present[:, :, : self.total] for present in presents)
+        keys = self.keys(latent)
+        key = torch.cat([keys, rope.expand(-1, keys.shape[1], -1, -1)], -1)
+        value = latent @ given["value_up"] if "value_up" in given else latent
+        causal, mask = self.mask()
+        context = attend(self.query(), key, value, scale=a["scale"], softcap=a["softcap"], mask=mask, causal=causal)
+        return context.transpose(1, 2).reshape(self.batch, self.new, -1), *presents
+
+    def written(self, past: Tensor, new: Tensor) -> Tensor:
+        """The cache with the new rows [B, 1, S, .] as rows T-S..T-1; a growing one ends there."""
+        after = past[:, :, self.total :] if self.a["shared_buffer"] else past[:, :, :0]
+        return torch.cat([past[:, :, : self.total - self.new], new, after], 2)
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, S, p/2] of the new tokens' cached rotation."""
+        columns, positions = list(self.a["rope_index"]), self.given["position_ids"]
+        return self.given["cos"][positions][..., columns], self.given["sin"][positions][..., columns]
+
+    def query(self) -> Tensor:
+        """[B, H, S, n + p]: bands turned by their rows, the rope part by its positions."""
+        a, given = self.a, self.given
+        groups, per_group = a["kv_groups"], a["num_heads"] // a["kv_groups"]
+        query = given["query"].reshape(self.batch, self.new, groups, per_group, -1).permute(0, 2, 3, 1, 4)
+        if "query_map" in given:
+            query = query @ given["query_map"][:, None]
+        query = query.reshape(self.batch, a["num_heads"], self.new, -1)
+        nope, rope = query.split([a["nope_dim"], a["rope_dim"]], dim=-1)
+        bands, still = self.bands(nope)
+        columns, rows = list(a["band_index"]), self.rows[self.total - self.new :]
+        bands = turn(bands, given["cos"][rows][:, columns], given["sin"][rows][:, columns])
+        rope = turn(rope, *(x[:, None] for x in self.angles()))
+        return torch.cat([bands, still, rope], -1)
+
+    def bands(self, nope: Tensor) -> tuple[Tensor, Tensor]:
+        """The 2*m dims whose block turns, and the dims left still."""
+        pairs = len(self.a["band_index"])
+        return nope[..., : 2 * pairs], nope[..., 2 * pairs :]
+
+    def keys(self, latent: Tensor) -> Tensor:
+        """Keys without the cached rotation: [B, G, T, n], or the latents themselves where key_up is folded away."""
+        if not self.a["nope_dim"]:
+            return latent[..., :0]
+        if "key_up" not in self.given:
+            return latent
+        keys = latent @ self.given["key_up"].transpose(1, 2) + self.given["key_mean"][:, None]
+        bands, still = self.bands(keys)
+        return torch.cat([turn(bands, *self.factor()), still], -1) if bands.shape[-1] else still
+
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """exp(j theta centre) (a0 + j a1 delta) for every row and band pair, real and imaginary [T, m].
+
+        `centre` is the middle of a row's block and may lie between two rows of the tables: theta is read off their
+        row 1, exact while it is below pi radians per position.
+        """
+        cos, sin = self.given["cos"], self.given["sin"]
+        columns = list(self.a["band_index"])
+        block, a0, a1 = (torch.tensor(self.a[name], device=cos.device) for name in ("band_block", "band_a0", "band_a1"))
+        first = torch.div(self.rows[:, None], block, rounding_mode="floor") * block
+        middle = (block - 1).to(cos.dtype) / 2
+        phase = middle * torch.atan2(sin[1:2, columns].sum(0), cos[1:2, columns].sum(0))
+        slope = a1.to(cos.dtype) * ((self.rows[:, None] - first).to(cos.dtype) - middle)
+        fit_re, fit_im = turned(a0.to(cos.dtype), slope, torch.cos(phase), torch.sin(phase))
+        index = torch.tensor(columns, device=cos.device)
+        return turned(fit_re, fit_im, cos[first, index], sin[first, index])
+
+    def mask(self) -> tuple[bool, Tensor | None]:
+        """Whether attention is causal, and what else hides a key (boolean) or moves its score."""
+        given, window = self.given, self.a["local_window_size"]
+        keep: Tensor | None = None
+        if window > 0:
+            keep = self.rows[self.total - self.new :, None] - self.rows < window
+        padding = given.get("padding_mask")
+        if padding is not None and not bool(padding.all()):
+            seen = padding.bool()[:, None, None]
+            keep = seen if keep is None else keep & seen
+        bias = given.get("attention_bias")
+        if bias is not None:
+            keep = bias if keep is None else bias.masked_fill(~keep, -torch.inf)
+        return bool(self.a["causal"]), keep
+
+
+def turned(re: Tensor, im: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(re + j im) * (cos + j sin)."""
+    return re * cos - im * sin, re * sin + im * cos
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply x [..., 2k], k real parts before k imaginary parts, by cos + j sin [..., k]."""
+    re, im = x.chunk(2, -1)
+    return torch.cat(turned(re, im, cos, sin), -1) if x.shape[-1] else x
