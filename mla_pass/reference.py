@@ -46,7 +46,7 @@ def attend(
     for h in range(heads):
         g = h * groups // heads
         q = query[:, h] @ weights.query_map[g]
-        key = latent @ weights.key_up[g].T + weights.key_mean[g]
+        key = latent[:, : weights.key_rank] @ weights.key_up[g].T + weights.key_mean[g]
         turning = turn(q[:, :m] + 1j * q[:, m : 2 * m], theta[weights.bands.index], row)
         scores = (turning.conj() @ ((key[:, :m] + 1j * key[:, m : 2 * m]) * factor).T).real
         scores += q[:, 2 * m : n] @ key[:, 2 * m :].T
@@ -59,6 +59,6 @@ def attend(
         weight = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
         total = weight.sum(axis=1, keepdims=True)
         attention = weight / np.where(total > 0, total, 1.0)
-        value = latent @ weights.value_up[g] + weights.value_mean[g]
+        value = latent[:, weights.value_offset :] @ weights.value_up[g] + weights.value_mean[g]
         context[:, h] = attention @ value
     return context

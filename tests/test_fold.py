@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mla_pass.errors import MlaPassError
-from mla_pass.fold import Geometry, Prepared, Recipe, fold, predicted_loss, prepare
+from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, key_losses, predicted_loss, prepare
 from mla_pass.fold.bands import fit, residual
 from mla_pass.reference import attend, rows
 from mla_pass.site import Rope
@@ -202,16 +202,118 @@ def test_better_metric_gives_smaller_weighted_error() -> None:
     ours, pca = (prepare(case.geometry, s, recipe) for s in (case.statistics, plain))
 
     def weighted(p: Prepared) -> float:
-        w = fold(p, 12, 0)
-        decode = np.zeros((case.geometry.width, 12))
-        order = np.concatenate([p.pairs.re[p.bands.index], p.pairs.im[p.bands.index]])
-        for g in range(G):
-            decode[g * D + order] = w.key_up[g]
-            decode[G * D + g * V : G * D + (g + 1) * V] = w.value_up[g].T
-        miss = np.eye(case.geometry.width) - decode @ w.encode[:12]
-        return float(np.trace(ours.metric @ miss @ case.statistics.covariance @ miss.T))
+        return loss_of(case, ours.metric, decoder(p, fold(p, 12, 0)), fold(p, 12, 0).encode)
 
     assert weighted(ours) < 0.98 * weighted(pca)
+
+
+def decoder(p: Prepared, w: LatentWeights) -> np.ndarray:
+    """From the latent to [k; v] in the model's own order, [N, r], no pair being left still; unread columns are zero."""
+    decode = np.zeros((p.geometry.width, w.rank))
+    order = np.concatenate([p.pairs.re[p.bands.index], p.pairs.im[p.bands.index]])
+    for g in range(G):
+        decode[g * D + order, : w.key_rank] = w.key_up[g]
+        decode[G * D + g * V : G * D + (g + 1) * V, w.value_offset :] = w.value_up[g].T
+    return decode
+
+
+def loss_of(case: Case, metric: np.ndarray, decode: np.ndarray, encode: np.ndarray) -> float:
+    """E[e^T M e] of tokens that went through the latent and back."""
+    miss = np.eye(case.geometry.width) - decode @ encode[: decode.shape[1]]
+    return float(np.trace(metric @ miss @ case.statistics.covariance @ miss.T))
+
+
+ONE_ROW = Recipe(finest_block=1, band_angle=1e-9)  # no pair left still: the rank is the only loss
+
+
+@pytest.mark.parametrize("rank", [12, 40])
+def test_extra_loss_of_unread_columns_is_as_predicted(rank: int) -> None:
+    case = Case(rope_of(), noise=0.5)
+    p = prepare(case.geometry, case.statistics, ONE_ROW)
+    lost = key_losses(p, rank, 0)
+    assert lost.shape == (rank + 1,) and lost[rank] == 0 and (np.diff(lost) <= 0).all()
+    whole = fold(p, rank, 0)
+    base = loss_of(case, p.metric, decoder(p, whole), whole.encode)
+    assert base == pytest.approx(whole.predicted)
+    for key_rank in (1, 3, 7, 11, rank):
+        w = fold(p, rank, 0, key_rank)
+        assert (w.key_rank, w.value_rank, w.value_offset) == (key_rank, rank, 0)
+        loss = loss_of(case, p.metric, decoder(p, w), w.encode)
+        assert loss - base == pytest.approx(lost[key_rank], rel=1e-6, abs=1e-9 * base)
+        assert loss == pytest.approx(w.predicted)
+        assert 1 - w.kept == pytest.approx(loss / float(np.trace(p.metric @ case.statistics.covariance)))
+
+
+def test_no_rotation_of_the_latent_suits_the_keys_better() -> None:
+    case, key_rank, rng = Case(rope_of(), noise=0.5), 6, np.random.default_rng(3)
+    p = prepare(case.geometry, case.statistics, ONE_ROW)
+    whole, w = fold(p, 16, 0), fold(p, 16, 0, key_rank)
+    chosen = np.linalg.pinv(whole.encode).T @ w.encode.T  # [16, 16]
+    decode, encode = decoder(p, whole), whole.encode
+
+    def loss(turn: np.ndarray) -> float:
+        turned = decode @ turn
+        turned[: G * D, key_rank:] = 0
+        return loss_of(case, p.metric, turned, turn.T @ encode)
+
+    ours = loss_of(case, p.metric, decoder(p, w), w.encode)
+    assert loss(chosen) == pytest.approx(ours)
+    anywhere = [loss(np.linalg.qr(rng.standard_normal((16, 16)))[0]) for _ in range(1000)]
+    close_by = [loss(chosen @ np.linalg.qr(np.eye(16) + 0.01 * rng.standard_normal((16, 16)))[0]) for _ in range(200)]
+    assert ours < min(close_by) < min(anywhere)
+
+
+@pytest.mark.parametrize("rope_dim", [0, 6])
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_ordered_at_the_keys_own_rank_loses_nothing(rope: Rope, rope_dim: int) -> None:
+    # All keys of all tokens lie in five directions, whatever the values do: five columns hold them.
+    case = Case(rope)
+    rng = np.random.default_rng(1)
+    plant = rng.standard_normal((G * D, 5)) @ rng.standard_normal((5, case.geometry.width)) / 20
+    change = np.eye(case.geometry.width)
+    change[: G * D] = plant
+    case.y = case.y @ change.T
+    s = case.statistics
+    case.statistics = replace(s, mean=change @ s.mean, covariance=change @ s.covariance @ change.T)
+    p = prepare(case.geometry, case.statistics, ONE_ROW)
+    lost = key_losses(p, 20, rope_dim)
+    assert lost[5] < 1e-12 * lost[0] < lost[4]
+    want, got, less = (outputs_of(case, fold(p, 20, rope_dim, k)) for k in (None, 5, 4))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * np.abs(want).max())
+    assert np.abs(less - want).max() > 1e-4 * np.abs(want).max()
+
+
+def test_keys_never_need_more_columns_than_they_have_numbers() -> None:
+    # Exact for any input, the tokens calibration never saw included.
+    case = Case(rope_of())
+    p = prepare(case.geometry, case.statistics, Recipe())
+    assert key_losses(p, 50, 6)[G * D] == pytest.approx(0, abs=1e-20)
+    case.y = np.random.default_rng(5).standard_normal(case.y.shape)
+    want, got = (outputs_of(case, fold(p, 50, 6, k)) for k in (None, G * D))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * np.abs(want).max())
+
+
+def test_fold_is_what_it_was_when_keys_read_everything() -> None:
+    case = Case(rope_of())
+    p = prepare(case.geometry, case.statistics, Recipe())
+    plain, all_columns = fold(p, 20, 6), fold(p, 20, 6, 20)
+    for name in ("encode", "key_up", "value_up", "query_map"):
+        assert np.array_equal(getattr(plain, name), getattr(all_columns, name))
+    full = fold(p, G * V, G * D)
+    assert (full.key_rank, full.value_offset, full.nope_dim) == (G * V, 0, 0)
+
+
+def outputs_of(case: Case, w: LatentWeights) -> np.ndarray:
+    position = np.arange(T)
+    cache = rows(w, case.rope.theta, case.y, position)
+    return attend(w, case.rope.theta, case.q, cache, position[-S:], case.keep, scale=0.2)
+
+
+@pytest.mark.parametrize("key_rank", [0, 21])
+def test_impossible_key_ranks_are_refused(key_rank: int) -> None:
+    case = Case(rope_of())
+    with pytest.raises(MlaPassError, match=f"keys cannot read {key_rank} columns .* give 1..20"):
+        fold(prepare(case.geometry, case.statistics, Recipe()), 20, 4, key_rank)
 
 
 @pytest.mark.parametrize(("rank", "rope_dim"), [(0, 4), (57, 4), (8, 34)])

@@ -4,8 +4,8 @@ A cached row is [c, rho]: the latent c [r], shared by keys and values, and rho [
 own rotation. Per kv group g, with y = [k; v] of a token (k before rotation):
 
     c = E (y - mean),  rho = A y
-    key (un-rotated part, in the op's order of dims) = key_up[g] c + key_mean[g]
-    value = value_up[g]^T c + value_mean[g]
+    key (un-rotated part, in the op's order of dims) = key_up[g] c[:key_rank] + key_mean[g]
+    value = value_up[g]^T c[value_offset:] + value_mean[g]
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_pass.errors import MlaPassError
-from mla_pass.fold.bands import Bands, choose_bands, no_bands, residual
+from mla_pass.fold.bands import Bands, choose_bands, no_bands, priced_bands, residual
 from mla_pass.fold.components import Components, rank_components
 from mla_pass.fold.latent import energies, low_rank
+from mla_pass.fold.ordered import order_for_keys
 from mla_pass.fold.pairs import Pairs, complex_metric, complex_moment, pairs_of
 from mla_pass.site import Rope
 from mla_pass.statistics import SiteStatistics
 
-__all__ = ["Geometry", "LatentWeights", "Prepared", "Recipe", "fold", "predicted_loss", "prepare"]
+__all__ = [
+    "Geometry", "LatentWeights", "Prepared", "Recipe", "fold", "key_losses", "phase_loss", "predicted_loss", "prepare",
+]  # fmt: skip
 
 
 # Phase errors alternate in sign along a block, where truncation errors add up. Measured on SmolLM2: with this share the
@@ -65,6 +68,9 @@ class Recipe:
     finest_block: int = 16
     block_order: int = 1
     band_angle: float = 1.0
+    band_price: float | None = None
+    """With a price the block sizes are not laid out by `finest_block` and `band_angle` but for the least loss at that
+    price of arithmetic (see `bands.priced_bands`), in units of the mean energy of a pair."""
     metric_mix: float = 0.1
 
 
@@ -75,7 +81,8 @@ class LatentWeights:
 
     `encode` [r + p, N], `encode_bias` [r + p]: row = encode @ y + encode_bias, rho = [real parts, imaginary parts].
     `query_map` [G, D, n + p]: a query head before rope -> [un-rotated, rope real parts, rope imaginary parts].
-    `key_up` [G, n, r], `key_mean` [G, n], `value_up` [G, r, V], `value_mean` [G, V].
+    `key_up` [G, n, key_rank]: keys read the latent's first key_rank columns; `key_mean` [G, n].
+    `value_up` [G, r - value_offset, V]: values read its columns from value_offset on; `value_mean` [G, V].
     `rope_index` [p/2]: column of theta of each rope component. `bands`: the un-cached pairs.
     `kept`: share of the metric-weighted energy that the latent keeps. `predicted`: expected squared output error.
     """
@@ -98,6 +105,21 @@ class LatentWeights:
     def nope_dim(self) -> int:
         """n, the width of the un-rotated part of the query."""
         return int(self.key_up.shape[1])
+
+    @property
+    def key_rank(self) -> int:
+        """Columns of the latent that the keys read, the first ones."""
+        return int(self.key_up.shape[2])
+
+    @property
+    def value_rank(self) -> int:
+        """Columns of the latent that the values read, the last ones."""
+        return int(self.value_up.shape[1])
+
+    @property
+    def value_offset(self) -> int:
+        """First column of the latent that the values read."""
+        return self.rank - self.value_rank
 
 
 @dataclass(frozen=True)
@@ -136,6 +158,16 @@ def still_gains(theta: np.ndarray, distance: np.ndarray) -> np.ndarray:
     return np.exp(-1j * np.outer(theta, np.arange(len(distance)))) @ distance
 
 
+def lay_bands(recipe: Recipe, theta: np.ndarray, energy: np.ndarray, still: np.ndarray) -> Bands:
+    """The bands a recipe asks for; `energy` [R/2] of each pair in loss units, `still` [R/2] the share lost unturned."""
+    if recipe.rope_mode != "block":
+        return no_bands(len(theta))
+    if recipe.band_price is not None:
+        price = recipe.band_price * float(energy.mean())
+        return priced_bands(theta, energy, still, order=recipe.block_order, price=price)
+    return choose_bands(theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle)
+
+
 def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> Prepared:
     """Rank the site's rope components and lay out its bands. Raises MlaPassError when the statistics are not finite."""
     for name in ("mean", "covariance", "metric", "distance"):
@@ -144,21 +176,17 @@ def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> P
     rope, keys = geometry.rope, slice(0, geometry.key_width)
     pairs = pairs_of(rope, geometry.head_dim)
     metric = balanced_metric(statistics, geometry.key_width, recipe.metric_mix)
-    if recipe.rope_mode == "block":
-        bands = choose_bands(
-            rope.theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle
-        )
-    else:
-        bands = no_bands(pairs.count)
-    gains = still_gains(rope.theta[bands.still], statistics.distance)
-    lost = np.zeros(pairs.count)
-    for index, block in zip(bands.index, bands.block, strict=True):
-        lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
-    lost[bands.still] = np.maximum(1 - np.abs(gains) ** 2, 0)
     # Around zero, not around the mean: the mean turns, too.
     second = statistics.covariance[keys, keys] + np.outer(statistics.mean[keys], statistics.mean[keys])
     moment = complex_moment(second, pairs, geometry.groups, geometry.head_dim)
     weight = complex_metric(metric[keys, keys], pairs, geometry.groups, geometry.head_dim)
+    every_gain = still_gains(rope.theta, statistics.distance)
+    still = np.maximum(1 - np.abs(every_gain) ** 2, 0)
+    bands = lay_bands(recipe, rope.theta, np.einsum("igh,ihg->i", weight, moment).real, still)
+    lost = still.copy()
+    for index, block in zip(bands.index, bands.block, strict=True):
+        lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
+    gains = every_gain[bands.still]
     return Prepared(geometry, statistics, pairs, metric, bands, gains, rank_components(moment, weight, lost))
 
 
@@ -196,7 +224,19 @@ def predicted_loss(p: Prepared, rope_dim: int, ranks: np.ndarray) -> np.ndarray:
     """Expected squared output error for each of `ranks` beside `rope_dim` rotated numbers."""
     energy = energies(remainder(p, rope_dim)[0], p.metric)
     tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-    return tail[ranks] + PHASE_SHARE * p.components.loss[rope_dim // 2 :].sum()
+    return tail[ranks] + phase_loss(p, rope_dim)
+
+
+def phase_loss(p: Prepared, rope_dim: int) -> float:
+    """The part of :func:`predicted_loss` that the un-cached rotations cost."""
+    return PHASE_SHARE * float(p.components.loss[rope_dim // 2 :].sum())
+
+
+def key_losses(p: Prepared, rank: int, rope_dim: int) -> np.ndarray:
+    """What :func:`predicted_loss` rises by when keys read only 0, 1, ..., rank columns of the latent, [rank + 1]."""
+    keys = slice(0, p.geometry.key_width)
+    decode = low_rank(remainder(p, rope_dim)[0], p.metric).decode[keys, :rank]
+    return order_for_keys(decode, p.metric[keys, keys]).lost
 
 
 def query_side(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -228,23 +268,35 @@ def query_side(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return query, keys
 
 
-def fold(p: Prepared, rank: int, rope_dim: int) -> LatentWeights:
-    """Fold a prepared site to a latent of `rank` numbers beside `rope_dim` rotated ones.
-
-    Raises MlaPassError when the row would be wider than what it replaces.
-    """
-    geo = p.geometry
+def check_sizes(geo: Geometry, rank: int, rope_dim: int, key_rank: int) -> None:
+    """Raises MlaPassError when the row would be wider than what it replaces, or keys would read more than the row."""
     if not 1 <= rank <= geo.width or not 0 <= rope_dim <= geo.rotary_width:
         raise MlaPassError(
             f"a latent of rank {rank} with {rope_dim} rope dims does not fit this block: "
             f"rank must lie in 1..{geo.width} and rope dims in 0..{geo.rotary_width}"
         )
+    if not 1 <= key_rank <= rank:
+        raise MlaPassError(f"keys cannot read {key_rank} columns of a latent of rank {rank}: give 1..{rank}")
+
+
+def fold(p: Prepared, rank: int, rope_dim: int, key_rank: int | None = None) -> LatentWeights:
+    """Fold a prepared site to a latent of `rank` numbers beside `rope_dim` rotated ones.
+
+    With `key_rank` below `rank` the latent is turned so that keys need read no more of it (see `ordered`).
+    Raises MlaPassError when the row would be wider than what it replaces, or keys would read more than the row.
+    """
+    geo, key_rank = p.geometry, rank if key_rank is None else key_rank
+    check_sizes(geo, rank, rope_dim, key_rank)
     covariance, analysis, left = remainder(p, rope_dim)
     code = low_rank(covariance, p.metric)
     query_map, key_map = query_side(p, rope_dim)
     encode_latent, decode = code.encode[:rank] @ left, code.decode[:, :rank]
+    split, unread = geo.key_width, 0.0
+    if key_rank < rank:
+        ordered = order_for_keys(decode[:split], p.metric[:split, :split])
+        encode_latent, decode = ordered.turn.T @ encode_latent, decode @ ordered.turn
+        unread = float(ordered.lost[key_rank])
     mean = left @ p.statistics.mean
-    split = geo.key_width
     keys = key_map @ np.concatenate([decode, mean[:, None]], axis=1)[:split].reshape(geo.groups, geo.head_dim, rank + 1)
     key_mean = keys[:, :, rank].copy()
     if not geo.softcap:
@@ -262,12 +314,12 @@ def fold(p: Prepared, rank: int, rope_dim: int) -> LatentWeights:
         encode=encode,
         encode_bias=bias,
         query_map=query_map,
-        key_up=keys[:, :, :rank].copy(),
+        key_up=keys[:, :, :key_rank].copy(),
         key_mean=key_mean,
         value_up=values.copy(),
         value_mean=mean[split:].reshape(geo.groups, geo.value_dim),
         rope_index=p.components.pair[: rope_dim // 2],
         bands=no_bands(0) if full else p.bands,
-        kept=float(code.energy[:rank].sum() / total) if total else 1.0,
-        predicted=float(code.energy[rank:].sum() + PHASE_SHARE * p.components.loss[rope_dim // 2 :].sum()),
+        kept=(float(code.energy[:rank].sum()) - unread) / total if total else 1.0,
+        predicted=unread + float(code.energy[rank:].sum()) + phase_loss(p, rope_dim),
     )

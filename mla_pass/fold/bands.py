@@ -12,6 +12,7 @@ theta * B <= band_angle where it can be; pairs that turn too far within the fine
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +20,8 @@ import numpy as np
 # An octave costs little arithmetic, but every level costs a dozen stock operators: two octaves a level.
 LEVEL_RATIO = 4
 COARSEST_BLOCK = 4096
+PRICED_BLOCKS = (4, 8, 16, 32, 64, 256, 1024, 4096)
+"""Block sizes that priced bands choose from: finely where arithmetic is at stake, few levels in all."""
 # Beyond these angles within a block the fit of that order is no better than not turning at all.
 MAX_ANGLE = {0: np.pi, 1: 2 * np.pi}
 
@@ -58,6 +61,7 @@ def fit(theta: float, block: int, order: int) -> tuple[float, float]:
     return a0, float((delta * np.sin(theta * delta)).mean() / (delta**2).mean())
 
 
+@lru_cache(maxsize=65536)
 def residual(theta: float, block: int, order: int) -> float:
     """Mean of |exp(j theta delta) - fit|^2 over a block: what the band loses of a component's energy."""
     delta = np.arange(block) - (block - 1) / 2
@@ -74,6 +78,26 @@ def choose_bands(theta: np.ndarray, *, finest: int, order: int, band_angle: floa
             size *= LEVEL_RATIO
         # A block of one row is exact at any angle.
         block[i] = size if size == 1 or size * t <= MAX_ANGLE[order] else 0
+    return laid_out(theta, block, order)
+
+
+def priced_bands(theta: np.ndarray, energy: np.ndarray, still: np.ndarray, *, order: int, price: float) -> Bands:
+    """Block sizes that lose least when arithmetic has a price: a point of the best trade of one for the other.
+
+    Of every frequency in `theta` [R/2] a block of B rows loses `energy` times the share :func:`residual`, and costs
+    `price` times the products a row that its absorbed queries take, 2 * (1 + order) / B latent widths. Not turning the
+    pair loses energy times `still` [R/2] and costs nothing.
+    """
+    block = np.zeros(len(theta), dtype=np.int64)
+    for i, (t, e) in enumerate(zip(np.abs(theta), energy, strict=True)):
+        lost = [e * residual(float(t), size, order) + price * 2 * (1 + order) / size for size in PRICED_BLOCKS]
+        best = int(np.argmin(lost))
+        block[i] = PRICED_BLOCKS[best] if lost[best] < e * still[i] else 0
+    return laid_out(theta, block, order)
+
+
+def laid_out(theta: np.ndarray, block: np.ndarray, order: int) -> Bands:
+    """The bands of given block sizes [R/2], 0 for a pair that is not turned."""
     still = np.flatnonzero(block == 0)
     index = np.flatnonzero(block)
     index = index[np.argsort(block[index], kind="stable")]

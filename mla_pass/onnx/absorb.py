@@ -1,7 +1,8 @@
 """Whether the up-projections stay in the operator or are folded into the projections around it.
 
-Folding saves a product and costs size: query_map turns H heads of D numbers into H heads of n + p (or r + p), each of
-them a column of the query projection. `auto` counts the numbers a decoding step reads, which is what such a step costs.
+Folding saves a product and costs size: query_map turns H heads of D numbers into H heads of n + p (or key_rank + p),
+each of them a column of the query projection. `auto` counts the numbers a decoding step reads, which is what such a
+step costs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Absorption:
     value_up: bool
 
     def fold_query(self, site: AttentionSite, w: LatentWeights) -> tuple[np.ndarray, np.ndarray | None]:
-        """Query projection [E, H*(n+p)] (r for n when key_up is folded) and its bias."""
+        """Query projection [E, H*(n+p)] (key_rank for n when key_up is folded) and its bias."""
         maps = w.query_map
         if self.key_up:
             n = w.nope_dim
@@ -39,28 +40,28 @@ class Absorption:
         return folded(projection.weight.read()), bias
 
     def fold_output(self, site: AttentionSite, w: LatentWeights) -> tuple[np.ndarray, np.ndarray]:
-        """Output projection [H*r, E] and its bias, the mean of the values included."""
+        """Output projection [H*(r - value_offset), E] and its bias, the mean of the values included."""
         per_group = site.heads // site.kv_groups
         weight = site.output.weight.read().reshape(site.heads, site.value_dim, -1)
         bias = np.einsum("hv,hve->e", np.repeat(w.value_mean, per_group, axis=0), weight)
         if site.output.bias is not None:
             bias = bias + site.output.bias.read()
         up = np.repeat(w.value_up, per_group, axis=0)
-        return np.einsum("hrv,hve->hre", up, weight).reshape(site.heads * w.rank, -1), bias
+        return np.einsum("hrv,hve->hre", up, weight).reshape(site.heads * w.value_rank, -1), bias
 
 
 def numbers_read(site: AttentionSite, w: LatentWeights, plan: Absorption) -> int:
     """Weights that a decoding step reads on the query's and the output's side."""
     hidden, heads, groups = site.query.projection.weight.shape[0], site.heads, site.kv_groups
-    n, p, r, d, v = w.nope_dim, w.rope_dim, w.rank, site.head_dim, site.value_dim
+    n, p, d, v = w.nope_dim, w.rope_dim, site.head_dim, site.value_dim
     if plan.key_up:
-        query = hidden * heads * (r + p)
+        query = hidden * heads * (w.key_rank + p)
     else:
-        query = groups * n * r + (
+        query = groups * n * w.key_rank + (
             hidden * heads * (n + p) if plan.query_map else hidden * heads * d + groups * d * (n + p)
         )
     embedding = site.output.weight.shape[1]
-    output = heads * r * embedding if plan.value_up else heads * v * embedding + groups * r * v
+    output = heads * w.value_rank * embedding if plan.value_up else heads * v * embedding + groups * w.value_rank * v
     return query + output
 
 

@@ -3,10 +3,11 @@
 One node updates the cache, rotates the new row's rope part, attends over the latents and decodes the values.
 
 Dimensions: B batch, S new tokens, T total; H heads, G kv groups, D head size, V value head size; r rank, p rope dims,
-C capacity, R rotary dims; n = 2*m + u un-rotated dims: m band pairs and u dims left still.
+C capacity, R rotary dims; n = 2*m + u un-rotated dims: m band pairs and u dims left still. Keys read the first k =
+key_rank columns of the latent, values the last w = rank - value_offset.
 
 Inputs
-    query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map
+    query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map; without key_up n = k
     row [B, S, r+p]          new rows [latent, rope real parts, rope imaginary parts], not yet rotated
     past_latent [B, 1, C, r], past_rope [B, 1, C, p]
     cos, sin [max, R/2]      float32 table of every frequency of the site's rope
@@ -14,10 +15,11 @@ Inputs
     total_length [1]         int64, T: the new rows are rows T-S..T-1 of the cache
     padding_mask [B, T]      int64, optional: 0 hides a key
     attention_bias [B or 1, 1 or H, S, T]  optional, added to the scores
-    query_map [G, D, n+p], key_up [G, n, r], key_mean [G, n], value_up [G, r, V]  each absent when folded away
+    query_map [G, D, n+p], key_up [G, n, k], key_mean [G, n], value_up [G, w, V]  each absent when folded away
 Outputs
-    context [B, S, H*V] (r in place of V without value_up), present_latent, present_rope: the past with the new rows
-Attributes: num_heads, kv_groups, rank, rope_dim, nope_dim, rope_index [p/2] and band_index [m] (columns of the tables),
+    context [B, S, H*V] (w in place of V without value_up), present_latent, present_rope: the past with the new rows
+Attributes, every one written on the node: num_heads, kv_groups, rank, key_rank (all of rank if not said),
+    value_offset (0 if not said), rope_dim, nope_dim, rope_index [p/2] and band_index [m] (columns of the tables),
     band_block, band_a0, band_a1 [m], scale, softcap (0: none), local_window_size (-1: none), causal, shared_buffer.
 
 Scores come in two forms that give the same numbers. Expanded: the keys are decoded, turned by their block's factor and
@@ -35,6 +37,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mla_pass.fold.arithmetic import band_flops
 from mla_pass.fold.bands import levels_of
 from mla_pass.onnx.ops import Ops
 
@@ -46,9 +49,10 @@ INPUTS = (
 )  # fmt: skip
 _INT, _INTS, _FLOAT, _FLOATS = (getattr(ir.AttributeType, name) for name in ("INT", "INTS", "FLOAT", "FLOATS"))
 ATTRIBUTES = {
-    "num_heads": _INT, "kv_groups": _INT, "rank": _INT, "rope_dim": _INT, "nope_dim": _INT, "rope_index": _INTS,
-    "band_index": _INTS, "band_block": _INTS, "band_a0": _FLOATS, "band_a1": _FLOATS, "scale": _FLOAT,
-    "softcap": _FLOAT, "local_window_size": _INT, "causal": _INT, "shared_buffer": _INT,
+    "num_heads": _INT, "kv_groups": _INT, "rank": _INT, "key_rank": _INT, "value_offset": _INT, "rope_dim": _INT,
+    "nope_dim": _INT, "rope_index": _INTS, "band_index": _INTS, "band_block": _INTS, "band_a0": _FLOATS,
+    "band_a1": _FLOATS, "scale": _FLOAT, "softcap": _FLOAT, "local_window_size": _INT, "causal": _INT,
+    "shared_buffer": _INT,
 }  # fmt: skip
 
 
@@ -59,6 +63,8 @@ class Variant:
     num_heads: int
     kv_groups: int
     rank: int
+    key_rank: int
+    value_offset: int
     rope_dim: int
     nope_dim: int
     value_dim: int
@@ -89,22 +95,36 @@ class Variant:
         return int(any(self.band_a1))
 
     @property
+    def value_rank(self) -> int:
+        """Columns of the latent that the values read."""
+        return self.rank - self.value_offset
+
+    @property
     def expand_from(self) -> int:
-        """New tokens from which decoding keys and values costs fewer FLOPs than absorbing the queries."""
-        orders, h = 1 + self.order, self.num_heads
-        m, r, n, v = len(self.band_index), self.rank, self.nope_dim, self.value_dim
-        bands = sum(2 * (b - a) * orders * r / block for block, a, b in self.levels)
-        absorbed = h * (bands + orders * r + (r if self.value_up else 0))
-        expanded = h * (n + (v if self.value_up else 0))
-        decoding = self.kv_groups * r * (n + (v if self.value_up else 0)) + self.kv_groups * 6 * m
-        return int(np.ceil(decoding / (absorbed - expanded))) if absorbed > expanded else 1 << 30
+        """New tokens from which decoding keys and values costs fewer FLOPs than absorbing the queries.
+
+        Multiply-adds per cached row; a map that is folded away is read alike in both forms and takes no part.
+        """
+        absorbed = expanded = decoding = 0.0
+        if self.key_up:
+            orders, k, n = 1 + self.order, self.key_rank, self.nope_dim
+            absorbed += band_flops(self.levels, orders, k) + orders * k
+            expanded += n
+            decoding += k * n + 6 * len(self.band_index)
+        if self.value_up:
+            absorbed += self.value_rank
+            expanded += self.value_dim
+            decoding += self.value_rank * self.value_dim
+        saved = self.num_heads * (absorbed - expanded)
+        return int(np.ceil(self.kv_groups * decoding / saved)) if saved > 0 else 1 << 30
 
 
 def node_attributes(v: Variant, rope_index: np.ndarray) -> list[ir.Attr]:
     """Every attribute of a node, written out: a kernel does not see a function's defaults."""
     integers = {
-        "num_heads": v.num_heads, "kv_groups": v.kv_groups, "rank": v.rank, "rope_dim": v.rope_dim,
-        "nope_dim": v.nope_dim, "local_window_size": v.window if v.window > 0 else -1, "causal": int(v.causal),
+        "num_heads": v.num_heads, "kv_groups": v.kv_groups, "rank": v.rank, "key_rank": v.key_rank,
+        "value_offset": v.value_offset, "rope_dim": v.rope_dim, "nope_dim": v.nope_dim,
+        "local_window_size": v.window if v.window > 0 else -1, "causal": int(v.causal),
         "shared_buffer": int(v.shared_buffer),
     }  # fmt: skip
     # Lists carry their types: an empty one has none to infer.
@@ -135,8 +155,8 @@ class Body:
         self.many = o("GreaterOrEqual", self.new, o.ints(v.expand_from))
         scores = o("MatMul", rope_query, o("Transpose", rope, perm=[0, 1, 3, 2]))  # [B, 1, H*S, T]
         if v.nope_dim:
-            scores = o("Add", scores, self.nope_scores(nope, latent))
-        context = self.context(self.softmax(scores), latent)
+            scores = o("Add", scores, self.nope_scores(nope, self.columns_between(latent, 0, v.key_rank)))
+        context = self.context(self.softmax(scores), self.columns_between(latent, v.value_offset, v.rank))
         outputs = [context, *presents]
         for value, name in zip(outputs, ("context", "present_latent", "present_rope"), strict=True):
             value.name = name
@@ -163,6 +183,10 @@ class Body:
     def columns(self, o: Ops, table: ir.Value, rows: ir.Value, columns: ir.Value) -> ir.Value:
         """table[rows][..., columns], float32 [*rows, len(columns)]."""
         return o("Gather", o("Gather", table, rows, axis=0), columns, axis=-1)
+
+    def columns_between(self, latent: ir.Value, start: int, end: int) -> ir.Value:
+        """The latent's columns from `start` to `end`, the latent itself where these are all."""
+        return latent if end - start == self.v.rank else self.o.cut(latent, start, end, 3)
 
     def turn(self, o: Ops, re: ir.Value, im: ir.Value, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(re + j im) * (cos + j sin)."""
@@ -232,7 +256,7 @@ class Body:
         return o.cut(query, 0, v.nope_dim, 3), rope
 
     def nope_scores(self, nope: ir.Value, latent: ir.Value) -> ir.Value:
-        """Scores of everything that is not cached rotated, [B, 1, H*S, T]."""
+        """Scores of everything that is not cached rotated, [B, 1, H*S, T]; `latent` holds the keys' columns, k."""
         o, v = self.o, self.v
         if not v.key_up:
             return o("MatMul", o.reshape(nope, 0, 1, -1, v.nope_dim), o("Transpose", latent, perm=[0, 1, 3, 2]))
@@ -294,12 +318,12 @@ class Body:
     # ---- absorbed form
 
     def absorbed_tables(self, m: int) -> list[ir.Value]:
-        """Per level the matrix that takes a turned query's pairs to latent queries, [G, 2*pairs, orders*(r+1)].
+        """Per level the matrix that takes a turned query's pairs to latent queries, [G, 2*pairs, orders*(k+1)].
 
         Columns: A0 * [key_up | key_mean], then A1 * the same. Outside the branches, so that a runtime folds it once.
         """
         o, i = self.o, self.inputs
-        up = o("Concat", i["key_up"], o.unsqueeze(i["key_mean"], 2), axis=2)  # [G, n, r+1]
+        up = o("Concat", i["key_up"], o.unsqueeze(i["key_mean"], 2), axis=2)  # [G, n, k+1]
         re, im = o.cut(up, 0, m, 1), o.cut(up, m, 2 * m, 1)
         orders = []
         for fit in self.fits()[: 1 + self.v.order]:
@@ -320,8 +344,8 @@ class Body:
         if tables is None:
             assert still is not None  # without bands every dim is still
             # One scalar per query stands for the mean; it matters only under a softcap.
-            scores = o("MatMul", o.cut(still, 0, v.rank, 3), o("Transpose", latent, perm=[0, 1, 3, 2]))
-            return o("Add", scores, o.cut(still, v.rank, v.rank + 1, 3))
+            scores = o("MatMul", o.cut(still, 0, v.key_rank, 3), o("Transpose", latent, perm=[0, 1, 3, 2]))
+            return o("Add", scores, o.cut(still, v.key_rank, v.key_rank + 1, 3))
         pairs = o.reshape(o.cut(nope, 0, 2 * m, 3), 0, v.num_heads, -1, 2 * m)  # [B, H, S, 2m]
         carried: list[ir.Value] | None = None
         block = first = None
@@ -337,18 +361,18 @@ class Body:
         return self.meet(o, carried, latent, block)
 
     def still_queries(self, o: Ops, nope: ir.Value, m: int) -> ir.Value | None:
-        """Latent queries of the dims that do not turn, with the mean's scalar last: [B, 1, H*S, r+1]."""
+        """Latent queries of the dims that do not turn, with the mean's scalar last: [B, 1, H*S, k+1]."""
         v, i = self.v, self.inputs
         if v.nope_dim == 2 * m:
             return None
         up = o("Concat", i["key_up"], o.unsqueeze(i["key_mean"], 2), axis=2)
         query = o("MatMul", o.cut(nope, 2 * m, v.nope_dim, 3), o.cut(up, 2 * m, v.nope_dim, 1))
-        return o.reshape(query, 0, 1, -1, v.rank + 1)
+        return o.reshape(query, 0, 1, -1, v.key_rank + 1)
 
     def level_queries(
         self, o: Ops, pairs: ir.Value, first: ir.Value, span: tuple[int, int, int], table: ir.Value
     ) -> list[ir.Value]:
-        """One level's latent queries of each order: [B, H*S, blocks, r+1] from pairs [B, H, S, 2m]."""
+        """One level's latent queries of each order: [B, H*S, blocks, k+1] from pairs [B, H, S, 2m]."""
         v, (a, b, m) = self.v, span
         columns = o.ints(*v.band_index[a:b])
         ahead = o("Max", o("Sub", o.unsqueeze(self.rows, 1), o.unsqueeze(first, 0)), o.ints(0))  # [S, blocks]
@@ -356,7 +380,7 @@ class Body:
         re, im = (o.unsqueeze(o.cut(pairs, x + a, x + b, 3), 3) for x in (0, m))
         turned = o("Concat", *self.turn(o, re, im, *angles), axis=-1)  # [B, H, S, blocks, 2*pairs]
         absorbed = o("MatMul", o.reshape(turned, 0, v.kv_groups, -1, 2 * (b - a)), table)
-        shape = o("Concat", o.ints(0, -1), o("Shape", first), o.ints((1 + v.order) * (v.rank + 1)), axis=0)
+        shape = o("Concat", o.ints(0, -1), o("Shape", first), o.ints((1 + v.order) * (v.key_rank + 1)), axis=0)
         absorbed = o("Reshape", absorbed, shape)
         if not v.order:
             return [absorbed]
@@ -383,15 +407,15 @@ class Body:
         return sums
 
     def meet(self, o: Ops, queries: list[ir.Value], latent: ir.Value, block: int) -> ir.Value:
-        """Scores [B, 1, H*S, T] of the finest blocks' queries, each [B, H*S, blocks, r+1], with those blocks' rows."""
+        """Scores [B, 1, H*S, T] of the finest blocks' queries, each [B, H*S, blocks, k+1], with those blocks' rows."""
         v = self.v
         fill = o("Mod", o("Neg", self.total), o.scalar(block))
         padded = o("Pad", latent, o("Concat", o.ints(0), fill, axis=0), None, o.ints(2))
-        rows = o.reshape(padded, 0, -1, block, v.rank)  # [B, blocks, block, r]
+        rows = o.reshape(padded, 0, -1, block, v.key_rank)  # [B, blocks, block, k]
         query = o("Concat", *queries, axis=1) if len(queries) > 1 else queries[0]
-        query = o("Transpose", query, perm=[0, 2, 3, 1])  # [B, blocks, r+1, orders*H*S]
-        scores = o("MatMul", rows, o.cut(query, 0, v.rank, 2))
-        scores = o("Add", scores, o.cut(query, v.rank, v.rank + 1, 2))
+        query = o("Transpose", query, perm=[0, 2, 3, 1])  # [B, blocks, k+1, orders*H*S]
+        scores = o("MatMul", rows, o.cut(query, 0, v.key_rank, 2))
+        scores = o("Add", scores, o.cut(query, v.key_rank, v.key_rank + 1, 2))
         if len(queries) > 1:
             constant, slope = o.outputs("Split", scores, count=2, axis=3, num_outputs=2)
             delta = o("CastLike", o.floats(np.arange(block)[:, None]), scores)
@@ -439,7 +463,7 @@ class Body:
         return keep
 
     def context(self, weights: ir.Value, latent: ir.Value) -> ir.Value:
-        """Weighted values, heads side by side: [B, S, H*V]."""
+        """Weighted values, heads side by side: [B, S, H*V]; `latent` holds the values' columns, w."""
         o, v = self.o, self.v
         if v.value_up:
             expanded, absorbed = o.branch(), o.branch()
@@ -460,7 +484,7 @@ class Body:
         return o("Reshape", weights, o("Concat", o.ints(0, groups, -1), self.total, axis=0))
 
     def latent_sum(self, o: Ops, weights: ir.Value, latent: ir.Value) -> ir.Value:
-        """Attention over the latents themselves, [B, 1, H*S, r]."""
+        """Attention over the latents themselves, [B, 1, H*S, w]."""
         return o("MatMul", self.by_group(o, weights, 1), latent)
 
     def expanded_values(self, o: Ops, weights: ir.Value, latent: ir.Value) -> ir.Value:
@@ -470,5 +494,5 @@ class Body:
 
     def absorbed_values(self, o: Ops, weights: ir.Value, latent: ir.Value) -> ir.Value:
         """Attend over the latents, then decode: [B, G, H/G*S, V]."""
-        mixed = o.reshape(self.latent_sum(o, weights, latent), 0, self.v.kv_groups, -1, self.v.rank)
+        mixed = o.reshape(self.latent_sum(o, weights, latent), 0, self.v.kv_groups, -1, self.v.value_rank)
         return o("MatMul", mixed, self.inputs["value_up"])

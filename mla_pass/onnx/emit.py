@@ -192,9 +192,10 @@ class Emitter:
         site, w, plan = conversion.site, conversion.weights, conversion.absorption
         bands = w.bands
         return Variant(
-            num_heads=site.heads, kv_groups=site.kv_groups, rank=w.rank, rope_dim=w.rope_dim,
-            nope_dim=w.rank if plan.key_up else w.nope_dim,
-            value_dim=w.rank if plan.value_up else site.value_dim,
+            num_heads=site.heads, kv_groups=site.kv_groups, rank=w.rank, key_rank=w.key_rank,
+            value_offset=w.value_offset, rope_dim=w.rope_dim,
+            nope_dim=w.key_rank if plan.key_up else w.nope_dim,
+            value_dim=w.value_rank if plan.value_up else site.value_dim,
             band_index=tuple(bands.index.tolist()), band_block=tuple(bands.block.tolist()),
             band_a0=tuple(bands.a0.tolist()), band_a1=tuple(bands.a1.tolist()),
             band_theta=tuple(site.rope.theta[bands.index].tolist()),

@@ -41,9 +41,10 @@ class _Node:
             self.written(given["past_rope"], turn(rope, *self.angles())[:, None]),
         ]
         latent, rope = (present[:, :, : self.total] for present in presents)
-        keys = self.keys(latent)
+        keys = self.keys(latent[..., : a["key_rank"]])
         key = torch.cat([keys, rope.expand(-1, keys.shape[1], -1, -1)], -1)
-        value = latent @ given["value_up"] if "value_up" in given else latent
+        value = latent[..., a["value_offset"] :]
+        value = value @ given["value_up"] if "value_up" in given else value
         causal, mask = self.mask()
         context = attend(self.query(), key, value, scale=a["scale"], softcap=a["softcap"], mask=mask, causal=causal)
         return context.transpose(1, 2).reshape(self.batch, self.new, -1), *presents
@@ -79,7 +80,10 @@ class _Node:
         return nope[..., : 2 * pairs], nope[..., 2 * pairs :]
 
     def keys(self, latent: Tensor) -> Tensor:
-        """Keys without the cached rotation: [B, G, T, n], or the latents themselves where key_up is folded away."""
+        """Keys without the cached rotation: [B, G, T, n], or the latents themselves where key_up is folded away.
+
+        `latent` [B, 1, T, key_rank] holds the columns that keys read.
+        """
         if not self.a["nope_dim"]:
             return latent[..., :0]
         if "key_up" not in self.given:
