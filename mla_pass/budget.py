@@ -1,85 +1,238 @@
-"""How a cache budget is spent: rank against rope dims, alike in every layer."""
+"""How a cache budget is spent: rank against rope dims in a layer, layer against layer, under an arithmetic limit.
+
+1. Each layer gets a curve: the least predicted loss for every row width, over the rope dims beside the rank.
+2. The budget is poured over the layers where it lowers the loss most a number (water-filling on the curves' convex
+   hulls); or every layer of one shape gets the same (`even`), with the split that serves them best in sum.
+3. Each layer then takes the band layout, and the number of latent columns its keys read, that lose least while the
+   absorbed attention costs at most `attention_flops` times what it would cost without block rotation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mla_pass.config import MlaConfig
-from mla_pass.errors import MlaPassError
-from mla_pass.fold import Geometry, Prepared, predicted_loss
+from mla_pass.errors import BudgetTooSmall, MlaPassError
+from mla_pass.fold import Geometry, Prepared, key_losses, phase_loss, predicted_loss
+from mla_pass.fold.arithmetic import attention_flops, plain_flops
 
 # Rows of real models come in multiples of 16 numbers, as kernels like them; toys are too small for that.
 WIDE = 128
-CANDIDATES = 10
+CANDIDATES = 8
+LEAST_SHARE = 0.2
+"""No layer gets less than this share of an even row: the quadratic model underrates what the last numbers hold."""
 
 
-def row_step(geometry: Geometry) -> int:
-    """Ranks are multiples of this."""
-    return 16 if geometry.width >= WIDE else 2
+@dataclass(frozen=True)
+class Split:
+    """What one layer gets: `rank` + `rope_dims` numbers a token, keys reading `key_rank` of it; `prepared` carries
+    the band layout."""
+
+    prepared: Prepared
+    rank: int
+    rope_dims: int
+    key_rank: int
 
 
-def choose_splits(prepared: Sequence[Prepared], config: MlaConfig) -> list[tuple[int, int]]:
-    """(rank, rope dims) of each layer; layers of one shape get the same."""
-    shapes = [(p.geometry.groups, p.geometry.head_dim, p.geometry.value_dim, p.geometry.rotary_width) for p in prepared]
-    chosen = {
-        shape: choose_split([p for p, s in zip(prepared, shapes, strict=True) if s == shape], config)
-        for shape in dict.fromkeys(shapes)
-    }
-    return [chosen[shape] for shape in shapes]
+@dataclass(frozen=True)
+class Curve:
+    """Of one layer, for each row width in `rows` [n], ascending: `loss` [n] and the (rank, rope dims) that reach it."""
+
+    rows: np.ndarray
+    loss: np.ndarray
+    sizes: tuple[tuple[int, int], ...]
 
 
-def choose_split(prepared: Sequence[Prepared], config: MlaConfig) -> tuple[int, int]:
-    """(rank, rope dims) of every layer: the split of the budget with the smallest predicted output error in sum.
+def choose_splits(options: Sequence[Sequence[Prepared]], config: MlaConfig) -> list[Split]:
+    """The split of each layer; `options` are its band layouts, each with everything else equal.
 
-    Each layer's error is taken relative to the energy of what it caches, so that no layer's scale rules.
     Raises MlaPassError when the budget, or the sizes asked for, cannot hold any split.
     """
-    geometry = prepared[0].geometry
-    full_rope, width = geometry.rotary_width, geometry.width
+    usual = [representative(layouts, config) for layouts in options]
+    geometries = [p.geometry for p in usual]
     if config.rank is not None:
-        rope = full_rope if config.rope_mode == "repeat" else (config.rope_dims or 2 * max(1, round(full_rope / 16)))
-        return check_sizes(config.rank, rope, geometry)
-    row = max(int(config.budget * width + 1e-9), 0)
-    if config.rope_mode == "repeat":
-        candidates = [full_rope]
-    elif config.rope_dims is not None:
-        candidates = [config.rope_dims]
+        sizes = [sizes_by_hand(config, geometry) for geometry in geometries]
+    elif config.layers == "even":
+        sizes = even_sizes(usual, config)
     else:
-        candidates = rope_candidates(geometry, row)
-    splits = [(fit_rank(row - rope, geometry, rope), rope) for rope in candidates if row - rope >= 1]
-    splits = [(rank, rope) for rank, rope in splits if rank >= 1 and rope <= full_rope]
-    if not splits:
-        least = (candidates[0] + row_step(geometry)) / width
+        curves = [layer_curve(p, config) for p in usual]
+        sizes = pour(curves, [int(config.budget * g.width + 1e-9) for g in geometries])
+    return [
+        choose_layout(layouts, p, rank, rope, config)
+        for layouts, p, (rank, rope) in zip(options, usual, sizes, strict=True)
+    ]
+
+
+# ---- the arithmetic limit
+
+
+def representative(layouts: Sequence[Prepared], config: MlaConfig) -> Prepared:
+    """The layout that the sizes are chosen with: the best one that half the latent's columns for the keys can pay."""
+    geometry = layouts[0].geometry
+    row = max(int(config.budget * geometry.width), 2) if config.rank is None else config.rank
+    rope = min(geometry.rotary_width, 2 * max(1, row // 16))
+    affordable = [p for p in layouts if largest_key_rank(p, row, rope, config) >= row // 2]
+    return min(affordable or layouts, key=lambda p: phase_loss(p, rope))
+
+
+def largest_key_rank(p: Prepared, rank: int, rope_dims: int, config: MlaConfig) -> int:
+    """The most latent columns that keys may read within the arithmetic limit; 0 if there are none."""
+    full = rope_dims == p.geometry.rotary_width
+    if full or len(p.bands.index) == 0:
+        return rank
+    limit = config.attention_flops * plain_flops(rank, rope_dims)
+    step = row_step(p.geometry)
+    steps = [k for k in (*range(step, rank, step), rank) if attention_flops(rank, k, rank, rope_dims, p.bands) <= limit]
+    return max(steps, default=0)
+
+
+def choose_layout(
+    layouts: Sequence[Prepared], usual: Prepared, rank: int, rope_dims: int, config: MlaConfig
+) -> Split:  # fmt: skip
+    """The layout and key_rank of least predicted loss. Raises MlaPassError when none is within the limit.
+
+    What keys lose by reading fewer columns hardly depends on the layout: it is taken from the `usual` one.
+    """
+    affordable = [(p, k) for p in layouts if (k := largest_key_rank(p, rank, rope_dims, config))]
+    if not affordable:
         raise MlaPassError(
-            f"a budget of {config.budget} leaves {row} numbers a token and layer, which holds no latent beside "
-            f"{candidates[0]} rope dims; give at least {least:.3f}"
+            f"no block rotation of rank {rank} costs at most {config.attention_flops} times plain absorbed attention; "
+            "raise attention_flops, or choose rope_mode 'extend'"
         )
-    if len(splits) == 1:
-        return splits[0]
-    losses = [split_loss(prepared, rank, rope) for rank, rope in splits]
-    return splits[int(np.argmin(losses))]
+    fewer = any(key_rank < rank for _, key_rank in affordable)
+    unread = key_losses(usual, rank, rope_dims) if fewer else np.zeros(rank + 1)
+    p, key_rank = min(affordable, key=lambda option: phase_loss(option[0], rope_dims) + float(unread[option[1]]))
+    return Split(p, rank, rope_dims, key_rank)
 
 
-def split_loss(prepared: Sequence[Prepared], rank: int, rope: int) -> float:
-    """Predicted output error over all layers, each in units of its own."""
-    total = 0.0
-    for p in prepared:
-        energy = max(float(np.sum(p.metric * p.statistics.covariance)), np.finfo(np.float64).tiny)
-        total += float(predicted_loss(p, rope, np.array([rank]))[0]) / energy
-    return total
+# ---- one layer
 
 
-def rope_candidates(geometry: Geometry, row: int) -> list[int]:
-    """Rope dims worth trying for a row: few for small rows, up to every component for a full one."""
-    step = 8 if geometry.width >= WIDE else 2
+def layer_curve(p: Prepared, config: MlaConfig) -> Curve:
+    """The least loss for every row width that the layer could get."""
+    geometry = p.geometry
+    candidates = rope_dims_to_try(geometry, config)
+    best: dict[int, tuple[float, tuple[int, int]]] = {}
+    step = row_step(geometry)
+    for rope in candidates:
+        most = geometry.width - rope
+        ranks = np.unique(np.append(np.arange(step, most, step), most))
+        ranks = ranks[ranks >= 1]
+        if len(ranks) == 0:
+            continue
+        for rank, loss in zip(ranks.tolist(), predicted_loss(p, rope, ranks).tolist(), strict=True):
+            row = rank + rope
+            if row not in best or loss < best[row][0]:
+                best[row] = loss, (rank, rope)
+    rows = sorted(best)
+    return Curve(np.array(rows), np.array([best[row][0] for row in rows]), tuple(best[row][1] for row in rows))
+
+
+def rope_dims_to_try(geometry: Geometry, config: MlaConfig) -> list[int]:
+    """Rope dims worth a look: a few small ones, and all."""
     full = geometry.rotary_width
-    if row >= geometry.width:
+    if config.rope_mode == "repeat":
         return [full]
-    top = min(full, row - 1, max(step, row // 2))
-    spread = np.unique(np.round(np.geomspace(step, max(top, step), CANDIDATES) / step).astype(int) * step)
-    return [int(rope) for rope in spread if 2 <= rope <= top] or [2]
+    if config.rope_dims is not None:
+        return [min(config.rope_dims, full)]
+    step = 8 if geometry.width >= WIDE else 2
+    spread = np.unique(np.round(np.geomspace(step, max(full // 2, step), CANDIDATES) / step).astype(int) * step)
+    return [*(int(rope) for rope in spread if 2 <= rope < full), full]
+
+
+def hull(curve: Curve) -> list[int]:
+    """Indices of the curve's lower convex hull, by ascending row width, as far as it descends."""
+    kept: list[int] = []
+    for i in range(len(curve.rows)):
+        if kept and curve.loss[i] >= curve.loss[kept[-1]]:
+            continue
+        while len(kept) >= 2 and slope(curve, kept[-2], kept[-1]) <= slope(curve, kept[-1], i):
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def slope(curve: Curve, a: int, b: int) -> float:
+    """Loss saved a number of the row between two points of a curve."""
+    return float((curve.loss[a] - curve.loss[b]) / (curve.rows[b] - curve.rows[a]))
+
+
+# ---- all layers
+
+
+def pour(curves: Sequence[Curve], even: Sequence[int]) -> list[tuple[int, int]]:
+    """(rank, rope dims) of every layer: the sum of the rows at most the sum of `even`, the loss least.
+
+    Raises MlaPassError when not even the narrowest rows fit.
+    """
+    total = sum(even)
+    at = [start(curve, LEAST_SHARE * row) for curve, row in zip(curves, even, strict=True)]
+    left = total - sum(int(c.rows[i]) for c, i in zip(curves, at, strict=True))
+    if left < 0:
+        at = [0] * len(curves)
+        left = total - sum(int(c.rows[0]) for c in curves)
+    if left < 0:
+        raise too_small(total, sum(int(c.rows[0]) for c in curves))
+    hulls = [[i for i in hull(c) if i > first] for c, first in zip(curves, at, strict=True)]
+    while True:
+        # The next point of a layer's hull that still fits; past it, single points between fill what is left.
+        moves = [
+            (slope(c, now, nexts[0]), layer)
+            for layer, (c, now, nexts) in enumerate(zip(curves, at, hulls, strict=True))
+            if nexts and c.rows[nexts[0]] - c.rows[now] <= left
+        ]
+        if not moves:
+            break
+        _, layer = max(moves)
+        step_to = hulls[layer].pop(0)
+        left -= int(curves[layer].rows[step_to] - curves[layer].rows[at[layer]])
+        at[layer] = step_to
+    fill(curves, at, left)
+    return [c.sizes[i] for c, i in zip(curves, at, strict=True)]
+
+
+def start(curve: Curve, least: float) -> int:
+    """The first point of a curve that is at least so wide."""
+    return int(min(np.searchsorted(curve.rows, least), len(curve.rows) - 1))
+
+
+def fill(curves: Sequence[Curve], at: list[int], left: int) -> None:
+    """Spend what the hulls' steps were too large for, best gain first."""
+    while True:
+        moves = [
+            (slope(c, now, j), layer, j)
+            for layer, (c, now) in enumerate(zip(curves, at, strict=True))
+            for j in range(now + 1, len(c.rows))
+            if c.rows[j] - c.rows[now] <= left and c.loss[j] < c.loss[now]
+        ]
+        if not moves:
+            return
+        _, layer, j = max(moves)
+        left -= int(curves[layer].rows[j] - curves[layer].rows[at[layer]])
+        at[layer] = j
+
+
+def even_sizes(prepared: Sequence[Prepared], config: MlaConfig) -> list[tuple[int, int]]:
+    """The same (rank, rope dims) for all layers of one shape, the pair of least loss in sum over them."""
+    shapes = [(p.geometry.groups, p.geometry.head_dim, p.geometry.value_dim, p.geometry.rotary_width) for p in prepared]
+    chosen = {}
+    for shape in dict.fromkeys(shapes):
+        alike = [p for p, s in zip(prepared, shapes, strict=True) if s == shape]
+        geometry = alike[0].geometry
+        row = int(config.budget * geometry.width + 1e-9)
+        sizes = [
+            (fit_rank(row - rope, geometry, rope), rope)
+            for rope in rope_dims_to_try(geometry, config)
+            if row - rope >= 1
+        ]
+        if not sizes:
+            raise too_small(row, min(rope_dims_to_try(geometry, config)) + 1)
+        losses = [sum(float(predicted_loss(p, rope, np.array([rank]))[0]) for p in alike) for rank, rope in sizes]
+        chosen[shape] = sizes[int(np.argmin(losses))]
+    return [chosen[shape] for shape in shapes]
 
 
 def fit_rank(left: int, geometry: Geometry, rope: int) -> int:
@@ -91,11 +244,27 @@ def fit_rank(left: int, geometry: Geometry, rope: int) -> int:
     return left // step * step if left >= step else left
 
 
-def check_sizes(rank: int, rope: int, geometry: Geometry) -> tuple[int, int]:
+def row_step(geometry: Geometry) -> int:
+    """Ranks are multiples of this."""
+    return 16 if geometry.width >= WIDE else 2
+
+
+def sizes_by_hand(config: MlaConfig, geometry: Geometry) -> tuple[int, int]:
     """Sizes given by hand. Raises MlaPassError when they are larger than what they replace."""
-    if rope > geometry.rotary_width or rank + rope > geometry.width:
+    assert config.rank is not None
+    full = geometry.rotary_width
+    rope = full if config.rope_mode == "repeat" else (config.rope_dims or 2 * max(1, round(full / 16)))
+    if rope > full or config.rank + rope > geometry.width:
         raise MlaPassError(
-            f"rank {rank} with {rope} rope dims is larger than the full size of this model: at most "
-            f"{geometry.rotary_width} rope dims, and {geometry.width} numbers a token and layer in all"
+            f"rank {config.rank} with {rope} rope dims is larger than the full size of this model: at most "
+            f"{full} rope dims, and {geometry.width} numbers a token and layer in all"
         )
-    return rank, rope
+    return config.rank, rope
+
+
+def too_small(given: int, needed: int) -> BudgetTooSmall:
+    """The error of a budget that holds nothing."""
+    return BudgetTooSmall(
+        f"the budget leaves {given} numbers a token, which holds no latent beside rope dims; at least {needed} are "
+        "needed: give a larger budget"
+    )

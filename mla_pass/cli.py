@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import mla_pass
-from mla_pass.config import Absorb, CacheKind, MlaConfig, RopeMode
+from mla_pass.config import Absorb, CacheKind, Layers, MetricKind, MlaConfig, RopeMode
 from mla_pass.errors import MlaPassError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(command("export", _export, "write a Hugging Face checkpoint as ONNX with a flat cache"))
     _add_explain(command("explain", _explain, "list the attention blocks of a model, or why one cannot be read"))
     _add_convert(command("convert", _convert, "rewrite a model's attention as multi-head latent attention"))
+    _add_heal(command("heal", _heal, "train a converted model's latent attention towards what the original predicts"))
     _add_verify(command("verify", _verify, "compare the next-token distributions of two models on the same text"))
     _add_generate(command("generate", _generate, "continue prompts with an original or a converted model"))
     _add_perplexity(command("perplexity", _perplexity, "measure a model's mean loss per token on a text"))
@@ -108,6 +109,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model.onnx or its folder")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument("--budget", type=float, help=f"size of the new cache, 0 to 1 of the old ({default.budget})")
+    parser.add_argument(
+        "--max-loss", type=float, metavar="NATS",
+        help="instead of --budget: the smallest cache that loses at most so much per token on held-out text",
+    )  # fmt: skip
     parser.add_argument("--rank", type=int, help="width of the latent, instead of --budget")
     parser.add_argument("--rope-dims", type=int, help="with --rank: numbers a token keeps with their own rotation")
     parser.add_argument(
@@ -115,6 +120,16 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="text to fit the latents to; `self`, the default, lets the model write it",
     )  # fmt: skip
     parser.add_argument("--calibrate-tokens", type=int, default=default.calibrate_tokens, metavar="N")
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE.safetensors",
+        help="calibration statistics: read if the file is there, else written; another budget then costs seconds",
+    )  # fmt: skip
+    parser.add_argument("--metric", choices=get_args(MetricKind), default=default.metric, help="what loss is judged by")
+    parser.add_argument("--layers", choices=get_args(Layers), default=default.layers, help="sizes by loss, or all even")
+    parser.add_argument(
+        "--attention-flops", type=float, default=default.attention_flops, metavar="X",
+        help=f"most arithmetic of attention, times plain absorbed attention ({default.attention_flops})",
+    )  # fmt: skip
     parser.add_argument("--rope-mode", choices=get_args(RopeMode), default=default.rope_mode)
     parser.add_argument("--absorb", choices=get_args(Absorb), default=default.absorb)
     parser.add_argument("--cache", choices=get_args(CacheKind), default=default.cache, help="a buffer, or appended to")
@@ -126,13 +141,17 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from mla_pass.export.layout import require_free
+    from mla_pass.statistics import Calibration
 
     config = _config(arguments)
     if not arguments.dry_run:
         require_free(arguments.out)  # saving asks again; here it costs no minutes first
     calibrate = arguments.calibrate if arguments.calibrate == "self" else Path(arguments.calibrate)
+    known = Calibration.load(arguments.stats) if arguments.stats and arguments.stats.exists() else None
     with _Progress() as progress:
-        result = mla_pass.convert(arguments.model, config, calibrate=calibrate, progress=progress)
+        result = mla_pass.convert(arguments.model, config, calibrate=calibrate, calibration=known, progress=progress)
+    if arguments.stats and known is None:
+        result.calibration.save(arguments.stats)
     if not arguments.dry_run:
         result.save(arguments.out)
     data = {"out": None if arguments.dry_run else str(arguments.out), "report": result.report.to_json()}
@@ -144,6 +163,8 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         arguments.usage_error("--rank and --budget exclude each other")
     if arguments.rope_dims is not None and arguments.rank is None:
         arguments.usage_error("--rope-dims needs --rank")
+    if arguments.max_loss is not None and (arguments.budget is not None or arguments.rank is not None):
+        arguments.usage_error("--max-loss excludes --budget and --rank")
     budget = {} if arguments.budget is None else {"budget": arguments.budget}
     return MlaConfig(
         **budget,
@@ -152,10 +173,58 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         rope_mode=arguments.rope_mode,
         absorb=arguments.absorb,
         cache=arguments.cache,
+        max_loss=arguments.max_loss,
+        metric=arguments.metric,
+        layers=arguments.layers,
+        attention_flops=arguments.attention_flops,
         calibrate_tokens=arguments.calibrate_tokens,
         max_positions=arguments.max_positions,
         partial=arguments.partial,
     )
+
+
+# ---- heal
+
+
+def _add_heal(parser: argparse.ArgumentParser) -> None:
+    from mla_pass.pytorch.healing import HealConfig
+
+    default = HealConfig()
+    parser.add_argument("original", type=Path, help="folder of the original model")
+    parser.add_argument("converted", type=Path, help="folder that convert wrote from it")
+    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument(
+        "--text", default="self", metavar="self|FILE.txt|IDS.npy",
+        help="text to train on; `self`, the default, lets the original model write it",
+    )  # fmt: skip
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=default.minutes, metavar="M", help=f"({default.minutes:g})")
+    budget.add_argument("--tokens", type=int, metavar="N", help="train on so many, however long it takes")
+    parser.add_argument("--context", type=int, default=default.context, metavar="N", help="tokens of a sequence (512)")
+    parser.add_argument("--batch", type=int, default=default.batch, metavar="B", help="sequences of a step")
+    parser.add_argument("--lr", type=float, default=default.lr, metavar="X", help="first steps relative to the weights")
+    parser.add_argument("--seed", type=int, default=default.seed, metavar="S")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def _heal(arguments: argparse.Namespace) -> int:
+    from mla_pass.pytorch.healing import HealConfig
+
+    names = ("minutes", "tokens", "context", "batch", "lr", "seed")
+    config = HealConfig(**{name: getattr(arguments, name) for name in names})
+    text = arguments.text if arguments.text == "self" else Path(arguments.text)
+    folders = (arguments.original, arguments.converted, arguments.out)
+    try:
+        with _Progress() as progress:
+            healing = mla_pass.heal(
+                *folders, text=text, config=config, resume=arguments.resume, device=arguments.device, progress=progress
+            )
+    except KeyboardInterrupt as stop:
+        if str(stop):  # where the state lies and how to go on
+            print(f"mla-pass: {stop}", file=sys.stderr)
+        raise
+    return _show(arguments, {"out": str(arguments.out), **healing.to_json()}, healing.text())
 
 
 # ---- verify

@@ -11,7 +11,9 @@ from mla_pass.errors import MlaPassError
 RopeMode = Literal["block", "extend", "repeat"]
 Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
-FORMAT_VERSION = 1
+Layers = Literal["loss", "even"]
+MetricKind = Literal["auto", "output", "fisher"]
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,24 @@ class MlaConfig:
     cache: CacheKind = "shared"
     """`shared`: present has the shape of past, a buffer with room to spare, written in place where the runtime binds
     one buffer to both. `growing`: present is past with the new rows appended."""
-    finest_block: int = 16
-    """Rows per block of the finest rotary band, a power of two."""
-    block_order: int = 1
-    """0 or 1: whether a row's offset within its block is followed to first order."""
+    layers: Layers = "loss"
+    """`loss`: layers get what lowers the predicted loss most; `even`: all layers of one shape get the same."""
+    max_loss: float | None = None
+    """Instead of `budget`: the smallest cache whose measured excess loss, in nats per token on text held out from
+    calibration, is at most this."""
+    attention_flops: float = 1.5
+    """Most multiply-adds of the absorbed attention, as a multiple of the same without block rotation."""
+    finest_block: int | None = None
+    """Rows per block of the finest rotary band, a power of two; None chooses it for each layer."""
+    block_order: int | None = None
+    """0 or 1: whether a row's offset within its block is followed to first order; None chooses it for each layer."""
     band_angle: float = 1.0
     """Largest angle, in radians, that a band's pair may turn within one block, unless the finest block exceeds it."""
-    metric_mix: float = 0.1
-    """Weight of the balanced identity that is mixed into the output metric."""
+    metric: MetricKind = "auto"
+    """What the loss is predicted with: `output` (the blocks' output errors, from forward passes), `fisher` (the model's
+    loss, from gradients; needs torch), or `auto`, `fisher` where torch is installed."""
+    metric_mix: float | None = None
+    """Weight of the balanced identity that is mixed into the metric; None chooses it on held-out calibration text."""
     calibrate_tokens: int = 8192
     """Tokens of calibration text."""
     calibrate_context: int = 512
@@ -62,17 +74,24 @@ class MlaConfig:
             raise MlaPassError(f"rank must be at least 1; got {self.rank}")
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
             raise MlaPassError(f"rope_dims must be an even number of at least 2; got {self.rope_dims}")
-        for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb), ("cache", CacheKind)):
+        for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb), ("cache", CacheKind),
+                           ("layers", Layers), ("metric", MetricKind)):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise MlaPassError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
-        if self.finest_block < 1 or self.finest_block & (self.finest_block - 1):
+        if self.finest_block is not None and (self.finest_block < 1 or self.finest_block & (self.finest_block - 1)):
             raise MlaPassError(f"finest_block must be a power of two; got {self.finest_block}")
-        if self.block_order not in (0, 1):
+        if self.block_order not in (None, 0, 1):
             raise MlaPassError(f"block_order must be 0 or 1; got {self.block_order}")
-        if not (self.band_angle > 0 and self.metric_mix >= 0):
-            raise MlaPassError(
-                f"band_angle must be positive and metric_mix at least 0; got {self.band_angle} and {self.metric_mix}"
-            )
+        if not self.band_angle > 0:
+            raise MlaPassError(f"band_angle must be positive; got {self.band_angle}")
+        if self.metric_mix is not None and not self.metric_mix >= 0:
+            raise MlaPassError(f"metric_mix must be at least 0; got {self.metric_mix}")
+        if not self.attention_flops >= 1:
+            raise MlaPassError(f"attention_flops must be at least 1; got {self.attention_flops}")
+        if self.max_loss is not None and not self.max_loss > 0:
+            raise MlaPassError(f"max_loss must be positive, in nats per token; got {self.max_loss}")
+        if self.max_loss is not None and self.rank is not None:
+            raise MlaPassError("max_loss chooses the sizes itself; give it without rank")
         if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
             raise MlaPassError(
                 f"calibrate_tokens must be at least calibrate_context, and that at least 2; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mla_pass.onnx.session import model_path, session
 from mla_pass.patterns import find_sites
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite, Refusal
-from mla_pass.statistics import SiteStatistics
+from mla_pass.statistics import Calibration
 
 RECORD = "mla_pass.json"
 SELF_BATCH = 32
@@ -35,8 +35,8 @@ class Result:
     config: MlaConfig
     source: Path | None
     """Folder of the original, whose tokenizer and configuration go along."""
-    statistics: tuple[SiteStatistics, ...]
-    """What calibration saw, a block each; another conversion of the same model can start from them."""
+    calibration: Calibration
+    """What calibration saw; another conversion of the same model can start from it."""
 
     def save(self, out: str | Path) -> Path:
         """Write the folder `out`: the model, what was done to it (mla_pass.json), tokenizer and configuration.
@@ -58,19 +58,19 @@ class Result:
 
 def convert(
     model: str | Path | ir.Model, config: MlaConfig | None = None, *,
-    calibrate: str | Path | np.ndarray = "self", statistics: Sequence[SiteStatistics] | None = None,
+    calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Convert a GQA model (a folder, an .onnx file, or an onnx_ir model, which is left as it is) to latent attention.
 
     `calibrate`: text to fit the latents to. "self" lets the model write it; a path is a text file (the folder's
     tokenizer reads it) or token ids in .npy; an array is token ids. An onnx_ir model has no folder and takes the last.
-    `statistics` of an earlier Result of the same model stand in for calibration, whatever the budget.
+    The `calibration` of an earlier Result of the same model stands in for the text, whatever the budget.
     Raises MlaPassError when the model or the request cannot be served.
     """
     config = config or MlaConfig()
     if isinstance(model, ir.Model):
-        if not isinstance(calibrate, np.ndarray):
+        if not isinstance(calibrate, np.ndarray) and calibration is None:
             raise MlaPassError("a model in memory has no tokenizer; give calibrate an array of token ids")
         source, graph = None, model.clone()
     else:
@@ -78,12 +78,17 @@ def convert(
     stated = graph.metadata_props.get(MAX_POSITION_KEY)
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))
-    tokens, origin = token_source(source, calibrate, config)
-    rewriting = MlaPass(config, tokens, progress=progress, origin=origin, statistics=statistics)
+    tokens, origin = (no_text, "no text") if calibration else token_source(source, calibrate, config)
+    rewriting = MlaPass(config, tokens, progress=progress, origin=origin, calibration=calibration)
     rewriting.call(graph)
-    assert rewriting.report is not None and rewriting.statistics is not None  # call returned
+    assert rewriting.report and rewriting.settled and rewriting.calibration  # call returned
     folder = source.parent if source else None
-    return Result(graph, rewriting.report, config, folder, tuple(rewriting.statistics))
+    return Result(graph, rewriting.report, rewriting.settled, folder, rewriting.calibration)
+
+
+def no_text(count: int) -> np.ndarray:
+    """Stands in for calibration text where statistics are given; never called."""
+    raise AssertionError(f"{count} tokens of calibration text asked for, though statistics are given")
 
 
 def explain(model: str | Path) -> list[AttentionSite | Refusal]:

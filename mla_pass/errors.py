@@ -7,3 +7,7 @@ class MlaPassError(Exception):
     The command line prints the message and exits with 1; a library caller catches this class. Anything else that
     escapes is a bug in mla_pass.
     """
+
+
+class BudgetTooSmall(MlaPassError):
+    """A budget that holds no latent at all."""

@@ -46,11 +46,14 @@ def layer_report(site: AttentionSite, weights: LatentWeights, plan: Absorption, 
     down = key_value + site.cache_width * row if behind_norm else hidden * row
     heads_out = site.heads * site.value_dim * site.output.weight.shape[1]
     absorbed = [n for n in ("query_map", "key_up", "value_up") if getattr(plan, n)]
+    notes = ["folded: " + ", ".join(absorbed)] if absorbed else []
+    if weights.key_rank < weights.rank:
+        notes.append(f"keys read {weights.key_rank}")
     return LayerReport(
         name=site.name, heads=site.heads, kv_groups=site.kv_groups, head_dim=site.head_dim, rank=weights.rank,
         rope_dims=weights.rope_dim, kept=weights.kept, output_error=error,
         cache_before=site.cache_width * size, cache_after=row * size,
         weights_before=hidden * site.heads * site.head_dim + key_value + heads_out,
         weights_after=numbers_read(site, weights, plan) + down,
-        note="folded: " + ", ".join(absorbed) if absorbed else "",
+        note="; ".join(notes),
     )  # fmt: skip

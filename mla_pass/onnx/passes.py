@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from importlib.util import find_spec
 
 import numpy as np
 import onnx_ir as ir
 
-from mla_pass.budget import choose_splits
-from mla_pass.calibrate import calibrate, cut_windows, tokens_needed
+from mla_pass.calibrate import HELD_OUT, calibrate, calibrate_fisher, cut_windows, tokens_needed
 from mla_pass.config import MlaConfig
 from mla_pass.errors import MlaPassError
 from mla_pass.export.layout import MAX_POSITION_KEY
-from mla_pass.fold import Geometry, Prepared, Recipe, fold, prepare
 from mla_pass.measure import layer_report, output_error
-from mla_pass.onnx.absorb import choose_absorption
+from mla_pass.onnx.choose import Chooser, Progress
 from mla_pass.onnx.emit import Conversion, Emitter
 from mla_pass.onnx.instrument import instrument
 from mla_pass.patterns import find_sites
 from mla_pass.proof import admit
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite, Refusal
-from mla_pass.statistics import SiteStatistics
+from mla_pass.statistics import Calibration, Metric
 
-Progress = Callable[[str, int, int], None]
 DEFAULT_MAX_POSITIONS = 32768
 
 
@@ -34,41 +31,50 @@ class MlaPass(ir.passes.InPlacePass):
     1. Find the blocks; refuse the model if one cannot be read (unless ``config.partial``).
     2. Check the weights, and every block's numbers against what was read of it.
     3. Run the model over `token_ids` and keep the moments of queries, keys and values.
-    4. Split the budget into rank and rope dims; fold.
+    4. Make the choices that the configuration leaves open; split the budget; fold.
     5. Replace each block by a LatentAttention node; caches become ``past.{layer}.latent`` and ``.rope``.
 
     `token_ids`: a function that gives calibration text as one stream of ids, called once the model is known to be
-    convertible; it is told how many tokens are wanted. After a run `report` tells what was done, and `statistics` what
-    calibration saw: given to another pass over the same model they spare step 3.
+    convertible; it is told how many tokens are wanted. After a run `report` tells what was done, `settled` with which
+    configuration, and `calibration` what calibration saw: given to another pass over the same model it spares step 3.
     Raises MlaPassError and leaves the model as it was when any step before the last fails.
     """
 
     def __init__(
         self, config: MlaConfig, token_ids: Callable[[int], np.ndarray], *, progress: Progress | None = None,
-        origin: str = "the token ids", statistics: Sequence[SiteStatistics] | None = None,
+        origin: str = "the token ids", calibration: Calibration | None = None,
     ) -> None:  # fmt: skip
         """`origin` names the calibration text in messages; `progress` hears (stage, done, total)."""
         super().__init__()
         self.config, self.token_ids, self.origin = config, token_ids, origin
         self.progress: Progress = progress or (lambda stage, done, total: None)
-        self.statistics = statistics
+        self.calibration = calibration
+        self.settled: MlaConfig | None = None
         self.report: Report | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
         sites, refusals = self.readable(model)
-        prepared = self.prepare(model, sites)
-        splits = choose_splits(prepared, self.config)
-        conversions, layers = [], []
-        for done, (site, p, (rank, rope_dims)) in enumerate(zip(sites, prepared, splits, strict=True)):
-            self.progress("folding", done, len(sites))
-            weights = fold(p, rank, rope_dims)
-            plan = choose_absorption(site, weights, self.config.absorb)
-            conversions.append(Conversion(site, weights, plan))
-            layers.append(layer_report(site, weights, plan, output_error(site, p.statistics, weights)))
-        self.progress("folding", len(sites), len(sites))
-        notes = self.rewrite(model, conversions)
-        self.report = Report(tuple(layers), tuple(str(r) for r in refusals), sites[0].dtype, notes)
+        if self.calibration is None:
+            self.calibration = self.observe(model, sites)
+        check_calibration(self.calibration, sites)
+        positions, notes = self.positions(model)
+        chooser = Chooser(model, sites, self.calibration, positions, self.progress)
+        settled = chooser.settle(self.config)
+        conversions = chooser.plan(settled.config)
+        layers = [
+            layer_report(c.site, c.weights, c.absorption, output_error(c.site, statistics, c.weights))
+            for c, statistics in zip(conversions, self.calibration.sites, strict=True)
+        ]
+        notes += [*settled.notes, *doubts(self.calibration, sites)]
+        if settled.excess is not None:
+            count, length = self.calibration.held_out.shape
+            notes.append(
+                f"Excess loss on {count} held-out windows of {length} tokens of the calibration text: {settled.excess}."
+            )
+        notes += self.rewrite(model, conversions, positions)
+        self.settled = settled.config
+        self.report = Report(tuple(layers), tuple(str(r) for r in refusals), sites[0].dtype, tuple(notes))
         return ir.passes.PassResult(model, modified=True)
 
     def readable(self, model: ir.Model) -> tuple[list[AttentionSite], list[Refusal]]:
@@ -96,54 +102,72 @@ class MlaPass(ir.passes.InPlacePass):
             )
         return sites, refusals
 
-    def prepare(self, model: ir.Model, sites: Sequence[AttentionSite]) -> list[Prepared]:
-        """Calibrate, and do what does not depend on the split of the budget."""
-        config = self.config
-        if self.statistics is None:
-            self.statistics = self.observe(model, sites)
-        if len(self.statistics) != len(sites):
-            raise MlaPassError(
-                f"the statistics given are of {len(self.statistics)} attention blocks, the model has {len(sites)}; "
-                "calibrate this model anew"
-            )
-        recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
-        prepared = []
-        for done, (site, seen) in enumerate(zip(sites, self.statistics, strict=True)):
-            self.progress("ranking components", done, len(sites))
-            geometry = Geometry(site.kv_groups, site.head_dim, site.value_dim, site.rope, site.softcap > 0)
-            prepared.append(prepare(geometry, seen, recipe))
-        self.progress("ranking components", len(sites), len(sites))
-        return prepared
-
-    def observe(self, model: ir.Model, sites: Sequence[AttentionSite]) -> list[SiteStatistics]:
+    def observe(self, model: ir.Model, sites: Sequence[AttentionSite]) -> Calibration:
         """Run the model over the calibration text."""
         config, needed = self.config, tokens_needed(sites)
-        held_out = config.calibrate_context
+        metric = chosen_metric(config)
+        held_out = HELD_OUT * config.calibrate_context
         wanted = max(config.calibrate_tokens, needed)
         self.progress("getting calibration text", 0, 1)
         ids = self.token_ids(wanted + held_out)
         self.progress("getting calibration text", 1, 1)
-        windows = cut_windows(ids, config.calibrate_context, wanted, needed, self.origin)
-        return calibrate(
-            sites, instrument(model, sites), windows,
-            progress=lambda done, total: self.progress("calibrating", done, total),
-        )  # fmt: skip
+        windows = cut_windows(ids, config.calibrate_context, wanted + held_out, needed, self.origin)
 
-    def rewrite(self, model: ir.Model, conversions: Sequence[Conversion]) -> tuple[str, ...]:
-        """Change the graph; returns what the user should know."""
+        def progress(done: int, total: int) -> None:
+            self.progress(f"calibrating ({metric} metric)", done, total)
+
+        if metric == "output":
+            return calibrate(sites, instrument(model, sites), windows, progress=progress)
+        from mla_pass.pytorch.gradients import Gradients
+
+        return calibrate_fisher(sites, Gradients(model, sites), windows, progress=progress)
+
+    def positions(self, model: ir.Model) -> tuple[int, list[str]]:
+        """Rows of the rotary table, and what the user should know about it."""
         stated = model.metadata_props.get(MAX_POSITION_KEY)
         positions = self.config.max_positions or (int(stated) if stated else DEFAULT_MAX_POSITIONS)
-        notes = []
-        if not (stated or self.config.max_positions):
-            notes.append(f"The graph does not state its longest position; the rotary table has {positions} rows.")
+        if stated or self.config.max_positions:
+            return positions, []
+        return positions, [f"The graph does not state its longest position; the rotary table has {positions} rows."]
+
+    def rewrite(self, model: ir.Model, conversions: Sequence[Conversion], positions: int) -> list[str]:
+        """Change the graph; returns what the user should know."""
         before = model.ir_version
         Emitter(model, max_positions=positions, shared_buffer=self.config.cache == "shared").emit(conversions)
         model.metadata_props[MAX_POSITION_KEY] = str(positions)
-        if model.ir_version != before:
-            notes.append(
-                f"The IR version was raised from {before} to {model.ir_version}: layers differ in their bodies."
-            )
-        return tuple(notes)
+        if model.ir_version == before:
+            return []
+        return [f"The IR version was raised from {before} to {model.ir_version}: layers differ in their bodies."]
+
+
+def chosen_metric(config: MlaConfig) -> Metric:
+    """The metric to calibrate for. Raises MlaPassError when `fisher` is asked for without torch."""
+    torch = find_spec("torch") is not None
+    if config.metric == "fisher" and not torch:
+        raise MlaPassError("metric 'fisher' needs torch: pip install 'mla-pass[torch]', or choose metric 'output'")
+    return "fisher" if torch and config.metric != "output" else "output"
+
+
+def check_calibration(calibration: Calibration, sites: Sequence[AttentionSite]) -> None:
+    """Raises MlaPassError when the statistics are not of these sites."""
+    widths, ours = [len(s.mean) for s in calibration.sites], [site.cache_width for site in sites]
+    if widths != ours:
+        raise MlaPassError(
+            f"the statistics given are of {len(widths)} attention blocks that cache {sorted(set(widths))} numbers a "
+            f"token, the model has {len(ours)} of {sorted(set(ours))}; calibrate this model anew"
+        )
+
+
+def doubts(calibration: Calibration, sites: Sequence[AttentionSite]) -> list[str]:
+    """What is odd about the statistics, a sentence each."""
+    told = []
+    still = [site.name for site, s in zip(sites, calibration.sites, strict=True) if (np.diag(s.covariance) <= 0).any()]
+    if still:
+        told.append(
+            f"{len(still)} blocks have key or value channels that never varied over the calibration text ({still[0]}, "
+            "...); they were damped."
+        )
+    return told
 
 
 def check_finite(site: AttentionSite) -> None:

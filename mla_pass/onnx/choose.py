@@ -1,0 +1,182 @@
+"""From calibration to conversions, and the choices that are measured rather than predicted.
+
+Ranks, rope dims, bands and layers are chosen by predicted loss (`mla_pass.budget`). How much the prediction is to be
+trusted (`metric_mix`), and how small a cache may be for a given loss (`max_loss`), is measured: conversions are made in
+memory and run over text that calibration held out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import onnx_ir as ir
+
+from mla_pass.budget import Split, choose_splits
+from mla_pass.config import MlaConfig
+from mla_pass.errors import BudgetTooSmall, MlaPassError
+from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare
+from mla_pass.onnx.absorb import choose_absorption
+from mla_pass.onnx.emit import Conversion, Emitter
+from mla_pass.onnx.probe import Excess, Probe, can_probe
+from mla_pass.patterns import find_sites
+from mla_pass.site import AttentionSite
+from mla_pass.statistics import Calibration
+
+Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+R = TypeVar("R")
+USUAL_MIX = 0.1
+MIXES = (0.03, 0.1, 0.3, 1.0)
+"""Weights of the balanced identity to choose from."""
+BUDGETS = tuple(i / 16 for i in range(1, 17))
+"""Cache sizes that a largest loss is looked for among."""
+PRICES = tuple(10.0**-e for e in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5))
+"""Prices of arithmetic, in units of a pair's mean energy: from hardly any block rotation to hardly any error."""
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The configuration with every open choice made, what was measured on held-out text with it (None where nothing
+    can be run), and what the user should know."""
+
+    config: MlaConfig
+    excess: Excess | None
+    notes: tuple[str, ...]
+
+
+class Chooser:
+    """Plans conversions of one model's `sites` from one calibration."""
+
+    def __init__(
+        self, model: ir.Model, sites: Sequence[AttentionSite], calibration: Calibration, positions: int,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        """`positions`: rows of the rotary table in models that are tried out."""
+        self.model, self.sites, self.calibration = model, sites, calibration
+        self.positions, self.progress = positions, progress
+        self._probe: Probe | None = None
+        self._tried: dict[MlaConfig, Excess] = {}
+
+    def plan(self, config: MlaConfig) -> list[Conversion]:
+        """Fold every site as `config` says, its mix given or the usual one."""
+        options = self.options(config)
+        splits = choose_splits(options, config)
+        self.progress("folding", 0, len(splits))
+        conversions = []
+        for site, weights in zip(self.sites, self.each(folded, splits), strict=True):
+            conversions.append(Conversion(site, weights, choose_absorption(site, weights, config.absorb)))
+            self.progress("folding", len(conversions), len(splits))
+        return conversions
+
+    def options(self, config: MlaConfig) -> list[list[Prepared]]:
+        """The band layouts of every site."""
+        wanted = recipes(config)
+
+        def layouts(i: int) -> list[Prepared]:
+            site = self.sites[i]
+            geometry = Geometry(site.kv_groups, site.head_dim, site.value_dim, site.rope, site.softcap > 0)
+            return [prepare(geometry, self.calibration.sites[i], recipe) for recipe in wanted]
+
+        return list(self.each(layouts, range(len(self.sites))))
+
+    @staticmethod
+    def each(work: Callable[[T], R], items: Iterable[T]) -> Iterable[R]:
+        """`work` on every item, in order; linear algebra runs beside linear algebra."""
+        with ThreadPoolExecutor(WORKERS) as pool:
+            yield from pool.map(work, items)
+
+    # ---- measured choices
+
+    def settle(self, config: MlaConfig) -> Settled:
+        """Make the choices that `config` leaves open. Raises MlaPassError when no cache keeps within `max_loss`."""
+        notes: list[str] = []
+        if not can_probe(self.model, self.sites[0].dtype) or len(self.calibration.held_out) == 0:
+            if config.max_loss is not None:
+                raise MlaPassError(
+                    "max_loss needs conversions that ONNX Runtime's CPU can run from memory, float32 or float16 and "
+                    "below 2 GB of weights outside the data file, and held-out text; give a budget instead"
+                )
+            if config.metric_mix is None:
+                notes.append(f"metric_mix is the usual {USUAL_MIX}: conversions cannot be tried out here.")
+            return Settled(replace(config, metric_mix=config.metric_mix or USUAL_MIX), None, tuple(notes))
+        if config.max_loss is not None:
+            config = self.smallest(config)
+        if config.metric_mix is None:
+            config = self.best_mix(config)
+        return Settled(config, self.excess(config), tuple(notes))
+
+    def best_mix(self, config: MlaConfig) -> MlaConfig:
+        """The mix that loses least on held-out text."""
+        if config.rank is None and config.budget == 1.0:  # nothing is cut, so that no metric matters
+            return replace(config, metric_mix=USUAL_MIX)
+        tried = []
+        for done, mix in enumerate(MIXES):
+            self.progress("choosing the metric on held-out text", done, len(MIXES))
+            candidate = replace(config, metric_mix=mix)
+            tried.append((self.excess(candidate).mean, done, candidate))
+        self.progress("choosing the metric on held-out text", len(MIXES), len(MIXES))
+        return min(tried)[2]
+
+    def smallest(self, config: MlaConfig) -> MlaConfig:
+        """The least budget within `max_loss`, by bisection: loss falls with size."""
+        assert config.max_loss is not None
+        limit, candidates = config.max_loss, [replace(config, budget=b, max_loss=None) for b in BUDGETS]
+        low, high = -1, len(candidates) - 1
+        best = self.excess(mixed(candidates[high]))
+        if best.mean > limit:
+            raise MlaPassError(f"no cache keeps the loss within {limit} nats per token; the full size reaches {best}")
+        while high - low > 1:
+            middle = (low + high) // 2
+            self.progress("looking for the smallest cache", len(BUDGETS) - (high - low), len(BUDGETS))
+            try:
+                fits = self.excess(mixed(candidates[middle])).mean <= limit
+            except BudgetTooSmall:
+                fits = False
+            low, high = (low, middle) if fits else (middle, high)
+        self.progress("looking for the smallest cache", len(BUDGETS), len(BUDGETS))
+        return candidates[high]
+
+    def excess(self, config: MlaConfig) -> Excess:
+        """The measured loss of a conversion."""
+        if config not in self._tried:
+            if self._probe is None:
+                self._probe = Probe(self.model, self.calibration.held_out)
+            self._tried[config] = self._probe.excess(self.converted(self.plan(config)))
+        return self._tried[config]
+
+    def converted(self, conversions: Sequence[Conversion]) -> ir.Model:
+        """A converted copy of the model."""
+        copy = self.model.clone()
+        sites = {site.name: site for site in find_sites(copy) if isinstance(site, AttentionSite)}
+        moved = [replace(conversion, site=sites[conversion.site.name]) for conversion in conversions]
+        Emitter(copy, max_positions=self.positions, shared_buffer=False).emit(moved)
+        return copy
+
+
+def folded(split: Split) -> LatentWeights:
+    """The weights of one split."""
+    return fold(split.prepared, split.rank, split.rope_dims, split.key_rank)
+
+
+def mixed(config: MlaConfig) -> MlaConfig:
+    """The configuration with a mix to try it with."""
+    return config if config.metric_mix is not None else replace(config, metric_mix=USUAL_MIX)
+
+
+def recipes(config: MlaConfig) -> list[Recipe]:
+    """The band layouts to choose from: one where blocks and order are given, else a point of the trade a price."""
+    mix = USUAL_MIX if config.metric_mix is None else config.metric_mix
+    orders = (0, 1) if config.block_order is None else (config.block_order,)
+    if config.rope_mode != "block":
+        return [Recipe(rope_mode=config.rope_mode, metric_mix=mix)]
+    if config.finest_block is not None:
+        return [
+            Recipe(finest_block=config.finest_block, block_order=order, band_angle=config.band_angle, metric_mix=mix)
+            for order in orders
+        ]
+    return [Recipe(block_order=order, band_price=price, metric_mix=mix) for order in orders for price in PRICES]
