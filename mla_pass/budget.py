@@ -196,7 +196,7 @@ def pour(curves: Sequence[Curve], even: Sequence[int]) -> list[tuple[int, int]]:
 
 def start(curve: Curve, least: float) -> int:
     """The first point of a curve that is at least so wide."""
-    return int(min(np.searchsorted(curve.rows, least), len(curve.rows) - 1))
+    return min(int(np.searchsorted(curve.rows, least)), len(curve.rows) - 1)
 
 
 def fill(curves: Sequence[Curve], at: list[int], left: int) -> None:

@@ -54,6 +54,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all. Raises MlaPassError when that fails."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays: dict[str, np.ndarray] = {"held_out": self.held_out}
@@ -69,7 +70,7 @@ class Calibration:
         try:
             save_file(arrays, partial, {"mla_pass.statistics": json.dumps(about)})
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise MlaPassError(f"cannot write the statistics to {path}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
@@ -103,4 +104,5 @@ def _site(arrays: dict[str, Any], i: int) -> SiteStatistics:
     sample = None
     if f"{i}.sample.query" in arrays:
         sample = SiteSample(*(arrays[f"{i}.sample.{f.name}"] for f in fields(SiteSample)))
-    return SiteStatistics(int(arrays[f"{i}.tokens"]), *(arrays[f"{i}.{name}"] for name in _MOMENTS), sample)
+    moments = {name: arrays[f"{i}.{name}"] for name in _MOMENTS}
+    return SiteStatistics(tokens=int(arrays[f"{i}.tokens"]), sample=sample, **moments)

@@ -14,6 +14,7 @@ import mla_pass
 from mla_pass import cli
 from mla_pass.config import MlaConfig
 from mla_pass.report import Report
+from mla_pass.statistics import Calibration
 from tests import latent_toy
 
 COMMANDS = ("export", "explain", "convert", "verify", "generate", "perplexity", "env")
@@ -272,16 +273,23 @@ def test_verify_refuses_another_vocabulary(capsys: pytest.CaptureFixture[str], t
 # ---- convert: what reaches the library
 
 
+STATISTICS = Calibration((), np.arange(6).reshape(2, 3), "output")
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Records what `mla_pass.convert` is called with; its result saves an empty folder."""
     made: list[dict[str, Any]] = []
 
-    def convert(model: Path, config: MlaConfig, *, calibrate: object, progress: Any) -> SimpleNamespace:
+    def convert(
+        model: Path, config: MlaConfig, *, calibrate: object, calibration: object, progress: Any
+    ) -> SimpleNamespace:  # fmt: skip
         progress("fold", 0, 2)
         progress("fold", 2, 2)
-        made.append({"model": model, "config": config, "calibrate": calibrate})
-        return SimpleNamespace(report=Report((), (), "float32", ()), save=lambda out: out.mkdir())
+        made.append({"model": model, "config": config, "calibrate": calibrate, "calibration": calibration})
+        return SimpleNamespace(
+            report=Report((), (), "float32", ()), save=lambda out: out.mkdir(), calibration=STATISTICS
+        )
 
     monkeypatch.setattr(mla_pass, "convert", convert)
     return made
@@ -289,7 +297,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_convert_with_defaults(calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("convert", "m.onnx", tmp_path / "out") == 0
-    assert calls == [{"model": Path("m.onnx"), "config": MlaConfig(), "calibrate": "self"}]
+    assert calls == [{"model": Path("m.onnx"), "config": MlaConfig(), "calibrate": "self", "calibration": None}]
     assert (tmp_path / "out").is_dir()
     out, err = capsys.readouterr()
     assert "cache bytes per token went from" in out
@@ -299,7 +307,7 @@ def test_convert_with_defaults(calls: list[dict[str, Any]], tmp_path: Path, caps
 def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     options = (
         "--rank 24 --rope-dims 8 --calibrate ids.npy --calibrate-tokens 1000 --rope-mode extend --absorb never "
-        "--cache growing --max-positions 99 --partial"
+        "--cache growing --max-positions 99 --partial --metric output --layers even --attention-flops 2"
     )
     assert run("convert", "m", tmp_path / "out", *options.split()) == 0
     expected = MlaConfig(
@@ -311,8 +319,42 @@ def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path
         calibrate_tokens=1000,
         max_positions=99,
         partial=True,
+        metric="output",
+        layers="even",
+        attention_flops=2.0,
     )
-    assert calls == [{"model": Path("m"), "config": expected, "calibrate": Path("ids.npy")}]
+    assert calls == [{"model": Path("m"), "config": expected, "calibrate": Path("ids.npy"), "calibration": None}]
+
+
+def test_a_largest_loss_stands_in_for_a_budget(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", "m", tmp_path / "out", "--max-loss", "0.05") == 0
+    assert calls[0]["config"] == MlaConfig(max_loss=0.05)
+    with pytest.raises(SystemExit) as stopped:
+        run("convert", "m", tmp_path / "other", "--max-loss", "0.05", "--budget", "0.5")
+    assert stopped.value.code == 2
+    assert "--max-loss excludes --budget" in capsys.readouterr().err
+
+
+def test_statistics_are_written_once_and_read_after(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    stats = tmp_path / "stats.safetensors"
+    assert run("convert", "m", tmp_path / "one", "--stats", stats) == 0
+    written = stats.read_bytes()
+    assert run("convert", "m", tmp_path / "two", "--stats", stats) == 0
+    assert calls[0]["calibration"] is None
+    assert calls[1]["calibration"].held_out.tolist() == STATISTICS.held_out.tolist()
+    assert stats.read_bytes() == written
+
+
+def test_a_file_that_holds_no_statistics_is_refused(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    stats.write_bytes(b"no such thing")
+    assert run("convert", "m", tmp_path / "out", "--stats", stats) == 1
+    assert "cannot read calibration statistics" in capsys.readouterr().err
+    assert not calls and not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_writes_nothing(

@@ -14,13 +14,15 @@ import pytest
 
 import mla_pass
 from mla_pass import MlaConfig, MlaPassError
+from mla_pass.fold import fold
 from mla_pass.onnx.emit import Emitter
 from mla_pass.onnx.session import Decoder, ModelSession
 from tests.families import FAMILIES, VOCAB, exported
 from tests.limits import file_size_limit
 
 SHAPES = [(1, 1, 7), (3, 4, 11), (2, 6, 0), (1, 2, 40)]
-SMALL = {"calibrate_tokens": 512, "calibrate_context": 64}
+# One metric and one mix: what is tried out on held-out text is tested in test_choose.
+SMALL = {"calibrate_tokens": 512, "calibrate_context": 64, "metric": "output", "metric_mix": 0.1}
 # Largest difference of logits of size 1..10 that rounding explains: float32 keeps 24 bits, float16 11.
 ROUNDING = {"float32": 2e-4, "float16": 0.06}
 
@@ -122,6 +124,37 @@ def test_absorbing_changes_no_number(family: str, converted) -> None:
         for mode in ("never", "always")
     )
     np.testing.assert_allclose(folded, plain, rtol=0, atol=5e-4 * np.abs(plain).max())
+
+
+def ordered(family: str, key_rank: int, out: Path, monkeypatch: pytest.MonkeyPatch, **config: object) -> ModelSession:
+    """A converted model whose keys read `key_rank` columns, loaded."""
+    monkeypatch.setattr("mla_pass.onnx.choose.folded", lambda s: fold(s.prepared, s.rank, s.rope_dims, key_rank))
+    made = mla_pass.convert(exported(family), MlaConfig(**{**SMALL, **config}), calibrate=ids_file(out.parent))
+    return mla_pass.session(made.save(out), threads=1)
+
+
+@pytest.mark.parametrize("config", [{}, {"rope_mode": "extend"}, {"cache": "growing"}], ids=str)
+@pytest.mark.parametrize("absorb", ["never", "always"])
+def test_columns_that_keys_do_not_need_change_no_number(
+    config: dict, absorb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 32 key numbers a token lie in 32 of the latent's 56 columns at most.
+    config = {"rank": 56, "rope_dims": 8, "absorb": absorb, **config}
+    whole, less = (ordered("llama", k, tmp_path / str(k), monkeypatch, **config) for k in (56, 32))
+    node = next(n for n in ir.load(less.folder / "model.onnx").graph if n.op_type == "LatentAttention")
+    assert (node.attributes["key_rank"].as_int(), node.attributes["value_offset"].as_int()) == (32, 0)
+    for batch, new, past in SHAPES:
+        tokens = tokens_of(batch, past + new)
+        want, got = run(whole, tokens, new), run(less, tokens, new)
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-4 * np.abs(want).max())
+
+
+def test_forms_agree_where_keys_read_too_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, made = tokens_of(2, 30), []
+    for absorb in ("never", "always"):
+        config = {"rank": 24, "rope_dims": 8, "rope_mode": "extend", "absorb": absorb}
+        made.append(run(ordered("llama", 7, tmp_path / absorb, monkeypatch, **config), tokens, 30))
+    np.testing.assert_allclose(made[1], made[0], rtol=0, atol=5e-4 * np.abs(made[0]).max())
 
 
 def test_bands_come_closer_than_no_rotation(converted) -> None:

@@ -26,10 +26,10 @@ from mla_pass.pytorch.latent import latent_attention
 from mla_pass.pytorch.ops import operator
 from mla_pass.site import AttentionSite
 from tests.families import FAMILIES, VOCAB, exported
-from tests.test_body import RECIPES, SHAPES, Scene, variant_of
+from tests.test_body import ORDERED, RECIPES, SHAPES, Scene, ordered, variant_of
 from tests.test_fold import Case, rope_of
 
-SMALL = {"calibrate_tokens": 512, "calibrate_context": 64}
+SMALL = {"calibrate_tokens": 512, "calibrate_context": 64, "metric": "output", "metric_mix": 0.1}
 ROUNDING = 1e-5
 """Largest relative difference that the order of float32 sums explains."""
 
@@ -236,6 +236,15 @@ def test_latent_attention_is_the_reference(recipe: str, shape: str, shared: bool
     batch, past, new = SHAPES[shape]
     scene = Scene(case, w, batch, past, new, capacity=past + new + 5)
     check_latent(scene, variant_of(w, case.rope.theta, shared_buffer=shared), scene.want())
+
+
+@pytest.mark.parametrize("columns", ORDERED)
+@pytest.mark.parametrize("recipe", ["order1", "still"])
+def test_latent_attention_reads_only_its_columns(recipe: str, columns: str) -> None:
+    case = Case(rope_of())
+    w = ordered(fold(prepare(case.geometry, case.statistics, RECIPES[recipe]), 20, 6), *ORDERED[columns])
+    scene = Scene(case, w, 2, 15, 18, capacity=40)
+    check_latent(scene, variant_of(w, case.rope.theta), scene.want())
 
 
 def test_latent_attention_with_softcap_and_window() -> None:

@@ -30,12 +30,12 @@ Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 R = TypeVar("R")
 USUAL_MIX = 0.1
-MIXES = (0.03, 0.1, 0.3, 1.0)
+MIXES = (0.1, 0.3, 1.0)
 """Weights of the balanced identity to choose from."""
 BUDGETS = tuple(i / 16 for i in range(1, 17))
 """Cache sizes that a largest loss is looked for among."""
-PRICES = tuple(10.0**-e for e in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5))
-"""Prices of arithmetic, in units of a pair's mean energy: from hardly any block rotation to hardly any error."""
+PRICES = tuple(10.0**-e for e in (-3, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4))
+"""Prices of arithmetic, in units of a pair's mean energy: from no block rotation at all to hardly any error."""
 WORKERS = min(4, os.cpu_count() or 1)
 
 

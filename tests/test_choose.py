@@ -1,0 +1,132 @@
+"""Choices that are measured: the mix, the smallest cache, and what is told about them; and statistics on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mla_pass
+from mla_pass import MlaConfig, MlaPassError
+from mla_pass.onnx import choose, passes
+from mla_pass.onnx.choose import Chooser
+from mla_pass.onnx.io import load_model
+from mla_pass.onnx.perplexity import paired, perplexity
+from mla_pass.onnx.probe import Probe
+from mla_pass.patterns import find_sites
+from mla_pass.statistics import Calibration
+from tests.families import VOCAB, exported
+
+SMALL = {"calibrate_tokens": 512, "calibrate_context": 64}
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(7).integers(3, VOCAB, 2000)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    # On text that the model writes itself the excess is a divergence, and cannot be a lucky gain.
+    config = MlaConfig(**{**SMALL, "calibrate_tokens": 1024}, metric="output", metric_mix=0.1)
+    return mla_pass.convert(exported("llama"), config).calibration
+
+
+@pytest.fixture
+def chooser(calibration: Calibration) -> Chooser:
+    model = load_model(exported("llama"))
+    return Chooser(model, find_sites(model), calibration, 256, lambda stage, done, total: None)
+
+
+def test_excess_is_what_the_saved_model_loses(calibration: Calibration, chooser: Chooser, tmp_path: Path) -> None:
+    config = MlaConfig(budget=0.5, metric_mix=0.1)
+    told = chooser.excess(config)
+    saved = mla_pass.convert(exported("llama"), config, calibration=calibration).save(tmp_path / "out")
+    windows, length = calibration.held_out.shape
+    sessions = [mla_pass.session(folder) for folder in (exported("llama"), saved)]
+    mean, stderr = paired(
+        *(perplexity(s, calibration.held_out.reshape(-1), windows=windows, context=length) for s in sessions)
+    )
+    assert told.mean == pytest.approx(mean, abs=1e-5)
+    assert (told.stderr is None) == (stderr is None)
+
+
+def test_the_mix_that_loses_least_is_taken(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MlaConfig(budget=0.5)
+    settled = chooser.settle(config)
+    losses = {mix: chooser.excess(replace(config, metric_mix=mix)).mean for mix in choose.MIXES}
+    assert settled.config.metric_mix == min(losses, key=lambda mix: losses[mix])
+    assert settled.excess is not None and settled.excess.mean == min(losses.values())
+    assert chooser.settle(replace(config, metric_mix=0.7)).config.metric_mix == 0.7
+
+
+def test_the_smallest_cache_within_a_loss(chooser: Chooser) -> None:
+    losses = {}
+    for budget in choose.BUDGETS[5:]:
+        losses[budget] = chooser.excess(MlaConfig(budget=budget, metric_mix=0.1)).mean
+    limit = losses[0.5] * 1.0001
+    settled = chooser.settle(MlaConfig(max_loss=limit, metric_mix=0.1))
+    assert settled.config.max_loss is None
+    assert losses[settled.config.budget] <= limit
+    assert losses[settled.config.budget - 1 / 16] > limit  # one step smaller is too small
+
+
+def test_a_loss_that_no_cache_keeps_tells_the_best(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "excess", lambda self, model: choose.Excess(0.25, None))
+    with pytest.raises(MlaPassError, match="no cache keeps the loss within 0.1.*reaches 0.2500"):
+        chooser.settle(MlaConfig(max_loss=0.1))
+
+
+def test_without_held_out_text_the_usual_mix_is_said(calibration: Calibration) -> None:
+    model = load_model(exported("llama"))
+    blind = replace(calibration, held_out=calibration.held_out[:0])
+    chooser = Chooser(model, find_sites(model), blind, 256, lambda stage, done, total: None)
+    settled = chooser.settle(MlaConfig(budget=0.5))
+    assert settled.config.metric_mix == choose.USUAL_MIX and settled.excess is None
+    assert "usual" in settled.notes[0]
+    with pytest.raises(MlaPassError, match="held-out text"):
+        chooser.settle(MlaConfig(max_loss=0.1))
+
+
+def test_statistics_survive_the_disk(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.save(tmp_path / "s.safetensors")
+    back = Calibration.load(tmp_path / "s.safetensors")
+    assert back.metric == "output" and np.array_equal(back.held_out, calibration.held_out)
+    for ours, theirs in zip(back.sites, calibration.sites, strict=True):
+        assert ours.tokens == theirs.tokens
+        for name in ("mean", "covariance", "metric", "distance"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        assert ours.sample is not None and theirs.sample is not None
+        np.testing.assert_array_equal(ours.sample.query, theirs.sample.query)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_statistics_of_another_model_or_file_are_refused(calibration: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(MlaPassError, match="calibrate this model anew"):
+        mla_pass.convert(exported("llama_mha"), MlaConfig(), calibration=calibration)
+    with pytest.raises(MlaPassError, match="cannot read calibration statistics"):
+        Calibration.load(tmp_path / "none.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    calibration.save(cut)
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    with pytest.raises(MlaPassError, match="cannot read calibration statistics"):
+        Calibration.load(cut)
+    with pytest.raises(MlaPassError, match="cannot write"):
+        calibration.save(tmp_path / "no" / "such.safetensors")
+
+
+def test_fisher_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "find_spec", lambda name: None)
+    assert passes.chosen_metric(MlaConfig()) == "output"
+    with pytest.raises(MlaPassError, match="needs torch"):
+        passes.chosen_metric(MlaConfig(metric="fisher"))
+
+
+def test_fisher_conversion_tells_its_loss(ids: np.ndarray) -> None:
+    result = mla_pass.convert(exported("llama"), MlaConfig(**SMALL, budget=0.75, metric="fisher"), calibrate=ids)
+    assert result.calibration.metric == "fisher" and result.config.metric_mix in choose.MIXES
+    assert any("Excess loss on" in note for note in result.report.notes)
+    exact = mla_pass.convert(exported("llama"), MlaConfig(budget=1.0), calibration=result.calibration)
+    assert max(layer.output_error or 0.0 for layer in exact.report.layers) < 1e-9
