@@ -49,7 +49,7 @@ $(VENV)/.installed: $(sources) | $(bin)/python
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch,test]"
+	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch,plot,test]"
 	touch $@
 
 clean:

@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from mla_pass.convert import explain as explain
     from mla_pass.onnx.passes import MlaPass as MlaPass
     from mla_pass.onnx.session import session as session
+    from mla_pass.pytorch.heal import heal as heal
+    from mla_pass.pytorch.healing import HealConfig as HealConfig
+    from mla_pass.pytorch.healing import Healing as Healing
 
 __version__ = "0.1.0"
 
-__all__ = ["MlaConfig", "MlaPass", "MlaPassError", "Result", "__version__", "convert", "explain", "export", "session"]
+__all__ = [
+    "HealConfig", "Healing", "MlaConfig", "MlaPass", "MlaPassError", "Result", "__version__", "convert", "explain",
+    "export", "heal", "session",
+]  # fmt: skip
 
 # patterns/ and export/ install inside this package but lie beside it in the repository. Imported from a checkout,
 # the repository's root is one more place to look for sub-packages.
@@ -36,11 +42,14 @@ if not (_here / "patterns").is_dir() and (_here.parent / "patterns").is_dir():
     __path__.append(str(_here.parent))
 
 _HOME = {
+    "HealConfig": "mla_pass.pytorch.healing",
+    "Healing": "mla_pass.pytorch.healing",
     "MlaConfig": "mla_pass.config",
     "MlaPass": "mla_pass.onnx.passes",
     "Result": "mla_pass.convert",
     "convert": "mla_pass.convert",
     "explain": "mla_pass.convert",
+    "heal": "mla_pass.pytorch.heal",
     "session": "mla_pass.onnx.session",
 }
 

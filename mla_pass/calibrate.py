@@ -224,7 +224,7 @@ def calibrate(
         progress(len(seen) + 1, len(seen) + 1)
     units = squares / seen.size  # what the block puts out, squared and per token
     results = [s.result(sample, max(u, 1e-30)) for s, sample, u in zip(sums, samples, units.tolist(), strict=True)]
-    return Calibration(tuple(results), held_out, "output")
+    return Calibration(tuple(results), held_out, seen[: len(held_out)], "output")
 
 
 def calibrate_fisher(
@@ -255,7 +255,7 @@ def calibrate_fisher(
         blended(fisher.result(sample), output.result(sample))
         for (fisher, output), sample in zip(sums, (SiteSample(k.query, k.key, k.value) for k in kept), strict=True)
     ]
-    return Calibration(tuple(results), held_out, "fisher")
+    return Calibration(tuple(results), held_out, seen[: len(held_out)], "fisher")
 
 
 def blended(fisher: SiteStatistics, output: SiteStatistics) -> SiteStatistics:

@@ -46,10 +46,12 @@ class SiteStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All sites of one model, and text that none of their moments has seen: `held_out` [n, T] token ids."""
+    """All sites of one model, and text to try conversions on: `held_out` [n, T] token ids that none of the moments has
+    seen, and as many that they have, `seen` [n, T]."""
 
     sites: tuple[SiteStatistics, ...]
     held_out: np.ndarray
+    seen: np.ndarray
     metric: Metric
 
     def save(self, path: str | Path) -> None:
@@ -57,7 +59,7 @@ class Calibration:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        arrays: dict[str, np.ndarray] = {"held_out": self.held_out}
+        arrays: dict[str, np.ndarray] = {"held_out": self.held_out, "seen": self.seen}
         for i, site in enumerate(self.sites):
             arrays |= {f"{i}.{name}": np.ascontiguousarray(getattr(site, name)) for name in _MOMENTS}
             arrays[f"{i}.tokens"] = np.array(site.tokens)
@@ -92,7 +94,7 @@ class Calibration:
             )
         try:
             sites = tuple(_site(arrays, i) for i in range(about["sites"]))
-            return cls(sites, arrays["held_out"], about["metric"])
+            return cls(sites, arrays["held_out"], arrays["seen"], about["metric"])
         except KeyError as error:
             raise MlaPassError(f"{path} is incomplete: {error} is missing; calibrate anew") from error
 

@@ -79,6 +79,23 @@ def test_a_loss_that_no_cache_keeps_tells_the_best(chooser: Chooser, monkeypatch
         chooser.settle(MlaConfig(max_loss=0.1))
 
 
+def test_doubtful_text_is_told(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = load_model(exported("llama")), MlaConfig(budget=0.5, metric_mix=0.1)
+
+    def settled(held_out: np.ndarray) -> choose.Settled:
+        changed = replace(calibration, held_out=held_out)
+        return Chooser(model, find_sites(model), changed, 256, lambda stage, done, total: None).settle(config)
+
+    assert settled(calibration.held_out).notes == ()
+    # Random tokens, in place of what the model writes itself.
+    monkeypatch.setattr(choose, "UNLIKELY_LOSS", 3.0)
+    foreign = np.random.default_rng(3).integers(3, VOCAB, calibration.held_out.shape)
+    assert any("is it in a language" in note for note in settled(foreign).notes)
+    losses = iter([choose.Excess(0.5, 0.01), choose.Excess(0.05, 0.01)])
+    monkeypatch.setattr(Probe, "excess", lambda self, converted: next(losses))
+    assert any("too short or too uneven" in note for note in settled(calibration.held_out).notes)
+
+
 def test_without_held_out_text_the_usual_mix_is_said(calibration: Calibration) -> None:
     model = load_model(exported("llama"))
     blind = replace(calibration, held_out=calibration.held_out[:0])

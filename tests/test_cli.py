@@ -17,7 +17,7 @@ from mla_pass.report import Report
 from mla_pass.statistics import Calibration
 from tests import latent_toy
 
-COMMANDS = ("export", "explain", "convert", "verify", "generate", "perplexity", "env")
+COMMANDS = ("export", "explain", "convert", "heal", "verify", "generate", "perplexity", "env")
 WORDS = ("<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, 61)))
 
 
@@ -273,7 +273,7 @@ def test_verify_refuses_another_vocabulary(capsys: pytest.CaptureFixture[str], t
 # ---- convert: what reaches the library
 
 
-STATISTICS = Calibration((), np.arange(6).reshape(2, 3), "output")
+STATISTICS = Calibration((), np.arange(6).reshape(2, 3), np.arange(6).reshape(2, 3), "output")
 
 
 @pytest.fixture

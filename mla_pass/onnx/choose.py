@@ -36,6 +36,10 @@ BUDGETS = tuple(i / 16 for i in range(1, 17))
 """Cache sizes that a largest loss is looked for among."""
 PRICES = tuple(10.0**-e for e in (-3, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4))
 """Prices of arithmetic, in units of a pair's mean energy: from no block rotation at all to hardly any error."""
+UNLIKELY_LOSS = 6.0
+"""Nats per token beyond which a text is hardly one that the model was trained for: a perplexity of 400."""
+OVERFIT_RATIO, OVERFIT_FLOOR = 2.0, 0.01
+"""A held-out excess this many times that of seen text, beyond its own error and this many nats, is told."""
 WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -108,7 +112,25 @@ class Chooser:
             config = self.smallest(config)
         if config.metric_mix is None:
             config = self.best_mix(config)
-        return Settled(config, self.excess(config), tuple(notes))
+        excess = self.excess(config)
+        return Settled(config, excess, (*notes, *self.doubts(config, excess)))
+
+    def doubts(self, config: MlaConfig, excess: Excess) -> list[str]:
+        """What the losses say against the calibration text, a sentence each."""
+        assert self._probe is not None  # excess was measured
+        told, before = [], float(self._probe.before.mean())
+        if before > UNLIKELY_LOSS:
+            told.append(
+                f"The model itself loses {before:.1f} nats per token on the calibration text: is it in a language and "
+                "format that the model knows?"
+            )
+        on_seen = Probe(self.model, self.calibration.seen).excess(self.converted(self.plan(config)))
+        if excess.mean > OVERFIT_RATIO * max(on_seen.mean, 0.0) + 3 * (excess.stderr or 0.0) + OVERFIT_FLOOR:
+            told.append(
+                f"On text that calibration saw the excess loss is {on_seen}, on text it did not {excess}: the "
+                "calibration text is too short or too uneven; give more of it."
+            )
+        return told
 
     def best_mix(self, config: MlaConfig) -> MlaConfig:
         """The mix that loses least on held-out text."""

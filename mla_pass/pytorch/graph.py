@@ -50,10 +50,12 @@ class TorchGraph:
     """A model's main graph over an empty cache, differentiable in its weights and in any of its values."""
 
     def __init__(
-        self, model: ir.Model, *, outputs: Sequence[ir.Value] | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, model: ir.Model, *, outputs: Sequence[ir.Value] | None = None, dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         """Keep what `outputs` (by default the graph's own) need of `model` and read its weights, once, as `dtype`.
 
+        Weights lie on `device`, where token ids have to be given as well; sizes and indices stay on the CPU.
         The model is left as it is, and later changes to its weights are not seen here.
         Raises MlaPassError for an operator that torch does not compute here, for an opset before 18, and for a graph
         whose inputs and outputs are not those of a language model.
@@ -64,7 +66,7 @@ class TorchGraph:
                 f"the model uses ai.onnx opset {opset}; the torch backend reads {OLDEST_OPSET} and newer: export the "
                 "model again at that opset"
             )
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.cache, self.logits = ports(model.graph)
         needed = _needed(model.graph, model.graph.outputs if outputs is None else outputs)
         operators = {node: operator(node) for node in needed}
@@ -75,21 +77,24 @@ class TorchGraph:
         self._read(needed, (*model.graph.outputs, *(outputs or ())))
         self._inputs = tuple(model.graph.inputs)
         self._steps = tuple(Step(node, found, _attributes(node, dtype)) for node, found in operators.items())
-        self._plans: dict[tuple[ir.Value, ...], Plan] = {}
+        self._plans: dict[tuple[tuple[ir.Value, ...], frozenset[ir.Value]], Plan] = {}
 
     def run(
-        self, ids: Tensor, *, wanted: Sequence[ir.Value], require_grad: Sequence[ir.Value] = ()
-    ) -> dict[ir.Value, Tensor]:
+        self, ids: Tensor, *, wanted: Sequence[ir.Value], require_grad: Sequence[ir.Value] = (),
+        given: Mapping[ir.Value, Tensor] | None = None,
+    ) -> dict[ir.Value, Tensor]:  # fmt: skip
         """The values `wanted` and `require_grad` for token ids [B, S] (integers), all attended, at positions 0..S-1.
 
         Gradients are kept for trainable `parameters` and for the values in `require_grad`:
         ``torch.autograd.grad(loss, [result[v] for v in require_grad])`` is the gradient at these values, by all ways
-        on which they enter the loss, through each other too.
+        on which they enter the loss, through each other too. Values in `given` are taken as they are there, and what
+        only they follow from is not computed.
         Raises MlaPassError when a value is not among what the graph was made to compute.
         """
         returned = tuple(dict.fromkeys((*wanted, *require_grad)))
-        plan, marked = self._plan(returned), set(require_grad)
-        values = self._feeds(ids)
+        given = given or {}
+        plan, marked = self._plan(returned, frozenset(given)), set(require_grad)
+        values = {**self._feeds(ids), **given}
 
         def read(value: ir.Value) -> Tensor:
             if value in self._names:
@@ -98,6 +103,8 @@ class TorchGraph:
 
         for step, dead in zip(plan.steps, plan.dead, strict=True):
             operands = [None if value is None else read(value) for value in step.node.inputs]
+            if self.device != "cpu":
+                operands = together(step.node.op_type, operands)
             results = step.function(step.attributes, operands)
             results = (results,) if isinstance(results, Tensor) else results
             for value, result in zip(step.node.outputs, results, strict=False):
@@ -117,7 +124,8 @@ class TorchGraph:
             if tensor is None:
                 continue
             if id(tensor) not in seen:
-                seen[id(tensor)] = as_tensor(tensor, self.dtype)
+                read = as_tensor(tensor, self.dtype)
+                seen[id(tensor)] = read.to(self.device) if read.is_floating_point() else read
             read = seen[id(tensor)]
             if read.is_floating_point() and value.producer() is None:
                 self._names[value] = str(value.name)
@@ -125,28 +133,28 @@ class TorchGraph:
             else:
                 self._constants[value] = read
 
-    def _plan(self, returned: tuple[ir.Value, ...]) -> Plan:
-        if returned in self._plans:
-            return self._plans[returned]
+    def _plan(self, returned: tuple[ir.Value, ...], given: frozenset[ir.Value]) -> Plan:
+        if (returned, given) in self._plans:
+            return self._plans[returned, given]
         computed = {value for step in self._steps for value in step.node.outputs}
         for value in returned:
-            if value not in computed and value not in self._names and value not in self._constants:
+            if value not in computed | given and value not in self._names and value not in self._constants:
                 raise MlaPassError(
                     f"the value {value.name!r} is not computed here; give it among the outputs of the TorchGraph"
                 )
-        todo, steps = set(returned), []
+        todo, steps = set(returned) - given, []
         for step in reversed(self._steps):
             if todo.intersection(step.node.outputs):
                 steps.append(step)
-                todo.update(value for value in step.node.inputs if value is not None)
+                todo.update(value for value in step.node.inputs if value is not None and value not in given)
         kept, dead = set(returned), []
         for step in steps:  # last first: the first time a value shows is its last use
             touched = [*step.node.inputs, *step.node.outputs]
             gone = tuple(dict.fromkeys(value for value in touched if value is not None and value not in kept))
             kept.update(gone)
             dead.append(gone)
-        self._plans[returned] = Plan(tuple(reversed(steps)), tuple(reversed(dead)))
-        return self._plans[returned]
+        plan = self._plans[returned, given] = Plan(tuple(reversed(steps)), tuple(reversed(dead)))
+        return plan
 
     def _feeds(self, ids: Tensor) -> dict[ir.Value, Tensor]:
         """What each graph input gets: tokens, all attended, and an empty cache (S rows to fill where it is shared)."""
@@ -187,6 +195,18 @@ def ports(graph: ir.Graph) -> tuple[CacheSpec, ir.Value]:
 
     cache, _, logits = read_ports([port(value) for value in graph.inputs], [port(value) for value in graph.outputs])
     return cache, next(value for value in graph.outputs if value.name == logits.name)
+
+
+_FIRST_ONLY = {"Reshape", "Expand", "Slice", "Split", "Squeeze", "Unsqueeze", "TopK", "CumSum"}
+"""Operators whose operands beyond the first are sizes and places, which Python reads."""
+
+
+def together(op_type: str, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """All operands on the device that any of them lies on; those that Python reads as numbers stay where they are."""
+    there = next((x.device for x in operands if x is not None and x.device.type != "cpu"), None)
+    if there is None or op_type in _FIRST_ONLY or op_type.startswith("Reduce"):
+        return list(operands)
+    return [x if x is None else x.to(there) for x in operands]
 
 
 def as_tensor(tensor: ir.TensorProtocol, dtype: torch.dtype) -> Tensor:
