@@ -16,7 +16,7 @@ import numpy as np
 
 from mla_pass.budget import choose_splits
 from mla_pass.config import MlaConfig
-from mla_pass.fold import Geometry, fold, prepare
+from mla_pass.fold import Geometry, fold, prepare_layouts
 from mla_pass.onnx.choose import recipes
 from mla_pass.site import Rope
 from mla_pass.statistics import SiteStatistics
@@ -52,7 +52,7 @@ def main() -> None:
         return now
 
     start = now = time.perf_counter()
-    layouts = [prepare(geometry, seen, recipe) for recipe in recipes(config)]
+    layouts = prepare_layouts(geometry, seen, recipes(config))
     now = timed(f"{len(layouts)} band layouts", now)
     (split,) = choose_splits([layouts], config)
     now = timed("curve, split, layout", now)

@@ -186,7 +186,8 @@ def main() -> int:
         for name, change in ABLATIONS.items():
             options = {"budget": arguments.ablate, **flops, "metric_mix": config.metric_mix, **change}
             rows.append(replace(ours.row(name, **options)[0], method="ablation"))
-    rows += baselines(ours, arguments.baselines)
+    if arguments.baselines:  # they need torch and transformers
+        rows += baselines(ours, arguments.baselines)
     print(json.dumps([asdict(row) for row in rows], indent=2) if arguments.json else table(rows))
     return 0
 

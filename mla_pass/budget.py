@@ -21,7 +21,9 @@ from mla_pass.fold.arithmetic import attention_flops, plain_flops
 
 # Rows of real models come in multiples of 16 numbers, as kernels like them; toys are too small for that.
 WIDE = 128
-CANDIDATES = 8
+CANDIDATES, CANDIDATES_WIDE = 8, 3
+"""Numbers of rope dims that are tried beside all: an eigenvalue problem each, of the cache's width."""
+VERY_WIDE = 1024
 LEAST_SHARE = 0.2
 """No layer gets less than this share of an even row: the quadratic model underrates what the last numbers hold."""
 
@@ -139,7 +141,8 @@ def rope_dims_to_try(geometry: Geometry, config: MlaConfig) -> list[int]:
     if config.rope_dims is not None:
         return [min(config.rope_dims, full)]
     step = 8 if geometry.width >= WIDE else 2
-    spread = np.unique(np.round(np.geomspace(step, max(full // 2, step), CANDIDATES) / step).astype(int) * step)
+    count = CANDIDATES if geometry.width <= VERY_WIDE else CANDIDATES_WIDE
+    spread = np.unique(np.round(np.geomspace(step, max(full // 2, step), count) / step).astype(int) * step)
     return [*(int(rope) for rope in spread if 2 <= rope < full), full]
 
 

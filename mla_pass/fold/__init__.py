@@ -10,6 +10,7 @@ own rotation. Per kv group g, with y = [k; v] of a token (k before rotation):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from mla_pass.statistics import SiteStatistics
 
 __all__ = [
     "Geometry", "LatentWeights", "Prepared", "Recipe", "fold", "key_losses", "phase_loss", "predicted_loss", "prepare",
+    "prepare_layouts",
 ]  # fmt: skip
 
 
@@ -170,24 +172,33 @@ def lay_bands(recipe: Recipe, theta: np.ndarray, energy: np.ndarray, still: np.n
 
 def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> Prepared:
     """Rank the site's rope components and lay out its bands. Raises MlaPassError when the statistics are not finite."""
+    return prepare_layouts(geometry, statistics, [recipe])[0]
+
+
+def prepare_layouts(geometry: Geometry, statistics: SiteStatistics, recipes: Sequence[Recipe]) -> list[Prepared]:
+    """The same for several recipes that differ in their bands only; what they share is computed and kept once."""
     for name in ("mean", "covariance", "metric", "distance"):
         if not np.isfinite(getattr(statistics, name)).all():
             raise MlaPassError("calibration met NaN or infinite activations; check the model's weights and dtype")
     rope, keys = geometry.rope, slice(0, geometry.key_width)
     pairs = pairs_of(rope, geometry.head_dim)
-    metric = balanced_metric(statistics, geometry.key_width, recipe.metric_mix)
+    (mix,) = {recipe.metric_mix for recipe in recipes}
+    metric = balanced_metric(statistics, geometry.key_width, mix)
     # Around zero, not around the mean: the mean turns, too.
     second = statistics.covariance[keys, keys] + np.outer(statistics.mean[keys], statistics.mean[keys])
     moment = complex_moment(second, pairs, geometry.groups, geometry.head_dim)
     weight = complex_metric(metric[keys, keys], pairs, geometry.groups, geometry.head_dim)
-    every_gain = still_gains(rope.theta, statistics.distance)
-    still = np.maximum(1 - np.abs(every_gain) ** 2, 0)
-    bands = lay_bands(recipe, rope.theta, np.einsum("igh,ihg->i", weight, moment).real, still)
-    lost = still.copy()
-    for index, block in zip(bands.index, bands.block, strict=True):
-        lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
-    gains = every_gain[bands.still]
-    return Prepared(geometry, statistics, pairs, metric, bands, gains, rank_components(moment, weight, lost))
+    gains = still_gains(rope.theta, statistics.distance)
+    still = np.maximum(1 - np.abs(gains) ** 2, 0)
+    energy = np.einsum("igh,ihg->i", weight, moment).real
+    layouts = []
+    for recipe in recipes:
+        bands, lost = lay_bands(recipe, rope.theta, energy, still), still.copy()
+        for index, block in zip(bands.index, bands.block, strict=True):
+            lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
+        components = rank_components(moment, weight, lost)
+        layouts.append(Prepared(geometry, statistics, pairs, metric, bands, gains[bands.still], components))
+    return layouts
 
 
 def remainder_map(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +228,11 @@ def remainder(p: Prepared, rope_dim: int) -> tuple[np.ndarray, np.ndarray, np.nd
     analysis, keys_left = remainder_map(p, rope_dim)
     left = np.eye(p.geometry.width)
     left[: p.geometry.key_width, : p.geometry.key_width] = keys_left
-    return left @ p.statistics.covariance @ left.T, analysis, left
+    # Only the keys' rows and columns change: values are never rotated.
+    covariance, keys = p.statistics.covariance.copy(), slice(0, p.geometry.key_width)
+    covariance[keys] = keys_left @ covariance[keys]
+    covariance[:, keys] = covariance[:, keys] @ keys_left.T
+    return covariance, analysis, left
 
 
 def predicted_loss(p: Prepared, rope_dim: int, ranks: np.ndarray) -> np.ndarray:

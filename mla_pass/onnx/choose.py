@@ -18,7 +18,7 @@ import onnx_ir as ir
 from mla_pass.budget import Split, choose_splits
 from mla_pass.config import MlaConfig
 from mla_pass.errors import BudgetTooSmall, MlaPassError
-from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare
+from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare_layouts
 from mla_pass.onnx.absorb import choose_absorption
 from mla_pass.onnx.emit import Conversion, Emitter
 from mla_pass.onnx.probe import Excess, Probe, can_probe
@@ -84,7 +84,7 @@ class Chooser:
         def layouts(i: int) -> list[Prepared]:
             site = self.sites[i]
             geometry = Geometry(site.kv_groups, site.head_dim, site.value_dim, site.rope, site.softcap > 0)
-            return [prepare(geometry, self.calibration.sites[i], recipe) for recipe in wanted]
+            return prepare_layouts(geometry, self.calibration.sites[i], wanted)
 
         return list(self.each(layouts, range(len(self.sites))))
 
