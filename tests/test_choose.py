@@ -10,7 +10,7 @@ import pytest
 
 import mla_pass
 from mla_pass import MlaConfig, MlaPassError
-from mla_pass.onnx import choose, passes
+from mla_pass.onnx import choose, passes, probe
 from mla_pass.onnx.choose import Chooser
 from mla_pass.onnx.io import load_model
 from mla_pass.onnx.perplexity import paired, perplexity
@@ -105,6 +105,15 @@ def test_without_held_out_text_the_usual_mix_is_said(calibration: Calibration) -
     assert "usual" in settled.notes[0]
     with pytest.raises(MlaPassError, match="held-out text"):
         chooser.settle(MlaConfig(max_loss=0.1))
+
+
+def test_what_cannot_be_tried_out_is_known_before(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe.can_probe(chooser.model, chooser.sites)
+    assert not probe.can_probe(chooser.model, [replace(site, dtype="bfloat16") for site in chooser.sites])
+    monkeypatch.setattr(probe, "LARGEST_BYTES", 10_000)  # less than two layers' projections take
+    settled = chooser.settle(MlaConfig(budget=0.5, layers="even"))
+    assert settled.config.metric_mix == choose.USUAL_MIX and settled.excess is None
+    assert chooser.settle(MlaConfig(budget=0.5, metric_mix=0.0)).config.metric_mix == 0.0
 
 
 def test_statistics_survive_the_disk(calibration: Calibration, tmp_path: Path) -> None:

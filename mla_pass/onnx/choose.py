@@ -65,9 +65,12 @@ class Chooser:
         self.positions, self.progress = positions, progress
         self._probe: Probe | None = None
         self._tried: dict[MlaConfig, Excess] = {}
+        self._last: tuple[MlaConfig, list[Conversion]] | None = None
 
     def plan(self, config: MlaConfig) -> list[Conversion]:
         """Fold every site as `config` says, its mix given or the usual one."""
+        if self._last is not None and self._last[0] == config:
+            return self._last[1]
         options = self.options(config)
         splits = choose_splits(options, config)
         self.progress("folding", 0, len(splits))
@@ -75,6 +78,7 @@ class Chooser:
         for site, weights in zip(self.sites, self.each(folded, splits), strict=True):
             conversions.append(Conversion(site, weights, choose_absorption(site, weights, config.absorb)))
             self.progress("folding", len(conversions), len(splits))
+        self._last = config, conversions
         return conversions
 
     def options(self, config: MlaConfig) -> list[list[Prepared]]:
@@ -99,15 +103,15 @@ class Chooser:
     def settle(self, config: MlaConfig) -> Settled:
         """Make the choices that `config` leaves open. Raises MlaPassError when no cache keeps within `max_loss`."""
         notes: list[str] = []
-        if not can_probe(self.model, self.sites[0].dtype) or len(self.calibration.held_out) == 0:
+        if not can_probe(self.model, self.sites) or len(self.calibration.held_out) == 0:
             if config.max_loss is not None:
                 raise MlaPassError(
                     "max_loss needs conversions that ONNX Runtime's CPU can run from memory, float32 or float16 and "
-                    "below 2 GB of weights outside the data file, and held-out text; give a budget instead"
+                    "below 2 GB of attention weights, and held-out text; give a budget instead"
                 )
             if config.metric_mix is None:
                 notes.append(f"metric_mix is the usual {USUAL_MIX}: conversions cannot be tried out here.")
-            return Settled(replace(config, metric_mix=config.metric_mix or USUAL_MIX), None, tuple(notes))
+            return Settled(mixed(config), None, tuple(notes))
         if config.max_loss is not None:
             config = self.smallest(config)
         if config.metric_mix is None:

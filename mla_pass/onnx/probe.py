@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from mla_pass.errors import MlaPassError
+from mla_pass.onnx.emit import DTYPES
 from mla_pass.onnx.instrument import open_session
 from mla_pass.onnx.io import external_tensors
 from mla_pass.onnx.perplexity import token_losses
 from mla_pass.onnx.session import ort_errors, read_ports
+from mla_pass.site import AttentionSite
 
 LARGEST_BYTES = 2_000_000_000
 """Weights that a model in memory can carry beside those in its data file: the limit of its message format."""
+
+NEW_SHARE = 1.5
+"""Room for folded query projections, which may be wider than those they replace."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,22 @@ class Probe:
         )
 
 
-def can_probe(model: ir.Model, dtype: str) -> bool:
-    """Whether ONNX Runtime's CPU can run conversions of the model from memory: no bfloat16, not too large."""
+def can_probe(model: ir.Model, sites: Sequence[AttentionSite]) -> bool:
+    """Whether ONNX Runtime's CPU can run conversions of the model from memory: no bfloat16, not too large.
+
+    A conversion carries its new matrices within the message, and they are about as large as those they replace.
+    """
     inner = sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
         if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
     )
-    return dtype != "bfloat16" and inner < LARGEST_BYTES
+    made = sum(
+        float(np.prod(projection.weight.shape)) * DTYPES[site.dtype].itemsize
+        for site in sites
+        for projection in (site.query.projection, site.key.projection, site.value.projection, site.output)
+    )
+    return all(site.dtype != "bfloat16" for site in sites) and inner + NEW_SHARE * made < LARGEST_BYTES
 
 
 def window_losses(model: ir.Model, windows: np.ndarray) -> np.ndarray:
