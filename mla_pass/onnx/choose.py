@@ -66,6 +66,7 @@ class Chooser:
         self._probe: Probe | None = None
         self._tried: dict[MlaConfig, Excess] = {}
         self._last: tuple[MlaConfig, list[Conversion]] | None = None
+        self._model: tuple[MlaConfig, ir.Model] | None = None
 
     def plan(self, config: MlaConfig) -> list[Conversion]:
         """Fold every site as `config` says, its mix given or the usual one."""
@@ -128,7 +129,7 @@ class Chooser:
                 f"The model itself loses {before:.1f} nats per token on the calibration text: is it in a language and "
                 "format that the model knows?"
             )
-        on_seen = Probe(self.model, self.calibration.seen).excess(self.converted(self.plan(config)))
+        on_seen = Probe(self.model, self.calibration.seen).excess(self.converted(config))
         if excess.mean > OVERFIT_RATIO * max(on_seen.mean, 0.0) + 3 * (excess.stderr or 0.0) + OVERFIT_FLOOR:
             told.append(
                 f"On text that calibration saw the excess loss is {on_seen}, on text it did not {excess}: the "
@@ -172,16 +173,19 @@ class Chooser:
         if config not in self._tried:
             if self._probe is None:
                 self._probe = Probe(self.model, self.calibration.held_out)
-            self._tried[config] = self._probe.excess(self.converted(self.plan(config)))
+            self._tried[config] = self._probe.excess(self.converted(config))
         return self._tried[config]
 
-    def converted(self, conversions: Sequence[Conversion]) -> ir.Model:
-        """A converted copy of the model."""
-        copy = self.model.clone()
-        sites = {site.name: site for site in find_sites(copy) if isinstance(site, AttentionSite)}
-        moved = [replace(conversion, site=sites[conversion.site.name]) for conversion in conversions]
-        Emitter(copy, max_positions=self.positions, shared_buffer=False).emit(moved)
-        return copy
+    def converted(self, config: MlaConfig) -> ir.Model:
+        """A converted copy of the model; the last one is kept."""
+        if self._model is None or self._model[0] != config:
+            self._model = None  # not two at once
+            copy = self.model.clone()
+            sites = {site.name: site for site in find_sites(copy) if isinstance(site, AttentionSite)}
+            moved = [replace(conversion, site=sites[conversion.site.name]) for conversion in self.plan(config)]
+            Emitter(copy, max_positions=self.positions, shared_buffer=False).emit(moved)
+            self._model = config, copy
+        return self._model[1]
 
 
 def folded(split: Split) -> LatentWeights:
