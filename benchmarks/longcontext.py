@@ -178,6 +178,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--depths", type=float, nargs="*", default=[0.1, 0.5, 0.9])
     parser.add_argument("--needles", type=int, default=4, help="for each length and depth; 0 leaves them out")
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime; its own choice by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(given)
@@ -186,7 +187,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Command line of this file."""
     arguments = parse()
-    models = [mla_pass.session(folder) for folder in (arguments.original, arguments.converted)]
+    models = [
+        mla_pass.session(folder, threads=arguments.threads) for folder in (arguments.original, arguments.converted)
+    ]
     tokenizer = load_tokenizer(arguments.original)
     ids = np.array(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int64)
     buckets: list[Bucket] = []

@@ -165,10 +165,10 @@ def test_bands_come_closer_than_no_rotation(converted) -> None:
     def error(**config: object) -> float:
         return float(np.abs(run(mla_pass.session(converted("llama", **config)), tokens, 60) - want).mean())
 
-    sizes = {"rank": 56, "rope_dims": 8}
+    sizes = {"rank": 56, "rope_dims": 8, "attention_flops": 1000.0}
     exact = error(**sizes, finest_block=1, band_angle=1e-6)
     order1, order0, extend = (
-        error(**sizes, finest_block=4),
+        error(**sizes, finest_block=4, block_order=1),
         error(**sizes, finest_block=4, block_order=0),
         error(**sizes, rope_mode="extend"),
     )
@@ -288,8 +288,8 @@ def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(MlaPassError, match="budget must lie in"):
             MlaConfig(budget=budget)
     refuse("larger than the full size", exported("llama"), tmp_path / "out", rank=100, rope_dims=8)
-    refuse("a budget of 0.01 leaves 0 numbers", exported("llama"), tmp_path / "out", budget=0.01)
-    refuse("give at least", exported("llama"), tmp_path / "out", budget=0.5, rope_mode="repeat")
+    refuse("the budget leaves 0 numbers", exported("llama"), tmp_path / "out", budget=0.01)
+    refuse("at least 68 are needed", exported("llama"), tmp_path / "out", budget=0.5, rope_mode="repeat")
 
 
 def test_calibration_text(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class HealConfig:
     """Length of the sequences the text is cut into."""
     batch: int = 2
     """Sequences a step."""
-    lr: float = 0.02
+    lr: float = 0.005
     """Size of the first steps relative to the weight that takes them; falls to zero over the run."""
     seed: int = 0
     """Of the order in which the sequences are taken."""
