@@ -226,6 +226,69 @@ def loss_of(case: Case, metric: np.ndarray, decode: np.ndarray, encode: np.ndarr
 ONE_ROW = Recipe(finest_block=1, band_angle=1e-9)  # no pair left still: the rank is the only loss
 
 
+def planted(rank: int, rope: Rope) -> Case:
+    """Tokens that differ in `rank` directions only, both in calibration and later."""
+    case = Case(rope, noise=0.0)
+    rng = np.random.default_rng(9)
+    basis, codes = rng.standard_normal((rank, case.geometry.width)), rng.standard_normal((4000 + T, rank))
+    y = 2 * rng.standard_normal(case.geometry.width) + codes @ basis / 4
+    case.y, seen = y[4000:], y[:4000]
+    case.statistics = replace(case.statistics, mean=seen.mean(0), covariance=np.cov(seen.T))
+    return case
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_planted_rank_is_recovered(rope: Rope, mix: float) -> None:
+    # Whatever the metric: what varies in 11 directions fits a latent of 11, and no smaller one.
+    case, recipe = planted(11, rope), Recipe(finest_block=1, band_angle=1e-9, metric_mix=mix)
+    assert case.error(11, 0, recipe) < 1e-6  # the statistics hold squares, of which eigh keeps half the digits
+    assert case.error(10, 0, recipe) > 1e-3
+
+
+def test_optimum_beats_a_thousand_perturbations() -> None:
+    # Of encoder and decoder both, large and small: the loss under the metric is at its least.
+    case, rng = Case(rope_of(), noise=0.5), np.random.default_rng(4)
+    p = prepare(case.geometry, case.statistics, ONE_ROW)
+    w = fold(p, 12, 0)
+    decode, encode = decoder(p, w), w.encode
+    ours = loss_of(case, p.metric, decode, encode)
+    assert ours == pytest.approx(w.predicted)
+    for i in range(1000):
+        size = 10.0 ** -(i % 4)
+        moved = [x + size * np.std(x) * rng.standard_normal(x.shape) for x in (decode, encode)]
+        assert loss_of(case, p.metric, *moved) > ours
+
+
+def test_the_order_of_heads_does_not_matter() -> None:
+    # Swap the kv groups everywhere: the folded attention of every query head is the same.
+    case = Case(rope_of())
+    swapped = Case(rope_of())
+    order = np.arange(case.geometry.width)
+    order = np.concatenate([order[: G * D].reshape(G, D)[::-1].ravel(), order[G * D :].reshape(G, V)[::-1].ravel()])
+    s = case.statistics
+    swapped.statistics = replace(
+        s, mean=s.mean[order], covariance=s.covariance[np.ix_(order, order)], metric=s.metric[np.ix_(order, order)]
+    )
+    swapped.y = case.y[:, order]
+    swapped.q = case.q.reshape(S, G, H // G, D)[:, ::-1].reshape(S, H, D)
+    want = case.latent(14, 4).reshape(S, G, H // G, V)
+    got = swapped.latent(14, 4).reshape(S, G, H // G, V)[:, ::-1]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("key_rank", [None, G * D])
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("finest", [1, 16])
+def test_full_size_is_exact_for_every_switch(finest: int, order: int, mix: float, key_rank: int | None) -> None:
+    # All rope components cached: no band is left to be wrong, whatever was asked of them.
+    case = Case(rope_of())
+    recipe = Recipe(finest_block=finest, block_order=order, metric_mix=mix)
+    w = fold(prepare(case.geometry, case.statistics, recipe), G * V, G * D, key_rank and min(key_rank, G * V))
+    np.testing.assert_allclose(outputs_of(case, w), case.original(), rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("rank", [12, 40])
 def test_extra_loss_of_unread_columns_is_as_predicted(rank: int) -> None:
     case = Case(rope_of(), noise=0.5)
