@@ -23,24 +23,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from mla_pass.errors import MlaPassError
 from mla_pass.fold.pairs import pairs_of
 from mla_pass.site import AttentionSite, Rope
 from mla_pass.statistics import Calibration, SiteSample, SiteStatistics
+from mla_pass.windows import hold_out
 
 SAMPLE_TOKENS = 160
 """Tokens of the held-out window that are kept to measure each site's output error."""
-HELD_OUT = 4
-"""Windows that no moment sees, to choose and to check on; fewer where there are few in all."""
 MASS_WINDOWS = 8
 """Windows that the attention's distances are read off, with the Fisher metric; they settle sooner than the moments."""
 DAMPING = 0.05
 """Share of the diagonal added before a moment is inverted: few windows do not fill all directions."""
+ROUNDING = 1e-6
+"""Share of a channel's mean square that its variance may be wrong by: the difference of larger numbers in float32."""
 
 
 class Accumulator:
@@ -69,7 +68,8 @@ class Accumulator:
             self.windows += 1
             cross = (gamma.T @ rows).astype(np.float64)
             centred = cross[:, :width] - np.outer(cross[:, width], self.mean)
-            self.metric += centred @ np.linalg.solve(damped(self.covariance), centred.T) / width
+            spread = self.covariance + ROUNDING * np.diag(np.diag(self.covariance) + self.mean**2)
+            self.metric += centred @ np.linalg.solve(damped(spread), centred.T) / width
             self.moment += cross.T @ np.linalg.solve(damped(self.metric / self.windows), cross) / width
             mass = self.moment[width, width]
             self.mean = self.moment[:width, width] / mass
@@ -273,31 +273,6 @@ def blended(fisher: SiteStatistics, output: SiteStatistics) -> SiteStatistics:
     )
 
 
-def hold_out(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The windows to learn from and those to hold out. Raises MlaPassError when there are fewer than two."""
-    if len(windows) < 2:
-        raise MlaPassError(
-            f"calibration needs at least 2 windows of text, {2 * windows.shape[1]} tokens; got {windows.size}"
-        )
-    kept = max(1, min(HELD_OUT, len(windows) // 8))
-    return windows[:-kept], windows[-kept:]
-
-
 def tokens_needed(sites: Sequence[AttentionSite]) -> int:
     """Fewest tokens that can tell a site's moments apart from noise: twice the numbers it caches per token."""
     return 2 * max(site.cache_width for site in sites)
-
-
-def cut_windows(ids: np.ndarray, context: int, tokens: int, needed: int, origin: str | Path) -> np.ndarray:
-    """The first `tokens` of a stream of ids as windows [n, context], one more than asked so that one can be held out.
-
-    Raises MlaPassError when the text has fewer than `needed` tokens or does not fill two windows.
-    """
-    context = min(context, len(ids) // 2)
-    count = min(len(ids) // max(context, 1), -(-tokens // max(context, 1)) + 1)
-    if context < 2 or (count - 1) * context < needed:
-        raise MlaPassError(
-            f"calibration text too short: {origin} has {len(ids)} tokens, but this model needs at least "
-            f"{needed + max(context, 2)}; give a longer text, or calibrate on 'self'"
-        )
-    return ids[: count * context].reshape(count, context)

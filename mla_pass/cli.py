@@ -121,6 +121,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--calibrate-tokens", type=int, default=default.calibrate_tokens, metavar="N")
     parser.add_argument(
+        "--calibrate-self", type=float, default=default.calibrate_self, metavar="SHARE",
+        help="share of the calibration text that the model writes itself beside the text given (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--stats", type=Path, metavar="FILE.safetensors",
         help="calibration statistics: read if the file is there, else written; another budget then costs seconds",
     )  # fmt: skip
@@ -178,6 +182,7 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         layers=arguments.layers,
         attention_flops=arguments.attention_flops,
         calibrate_tokens=arguments.calibrate_tokens,
+        calibrate_self=arguments.calibrate_self,
         max_positions=arguments.max_positions,
         partial=arguments.partial,
     )

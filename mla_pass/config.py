@@ -13,7 +13,7 @@ Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
 Layers = Literal["loss", "even"]
 MetricKind = Literal["auto", "output", "fisher"]
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class MlaConfig:
     """Tokens of calibration text."""
     calibrate_context: int = 512
     """Length of the sequences the calibration text is cut into."""
+    calibrate_self: float = 0.5
+    """Share of them that the model writes itself beside a text that is given: it keeps what that text does not show."""
     max_positions: int | None = None
     """Rows of the rotary table; None takes the model's own limit, or 32768 where the graph does not tell."""
     partial: bool = False
@@ -97,6 +99,8 @@ class MlaConfig:
                 f"calibrate_tokens must be at least calibrate_context, and that at least 2; "
                 f"got {self.calibrate_tokens} and {self.calibrate_context}"
             )
+        if not 0 <= self.calibrate_self <= 1:
+            raise MlaPassError(f"calibrate_self must lie in [0, 1], a share of the text; got {self.calibrate_self}")
         if self.max_positions is not None and self.max_positions < 1:
             raise MlaPassError(f"max_positions must be at least 1; got {self.max_positions}")
 

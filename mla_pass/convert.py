@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,8 @@ def convert(
     """Convert a GQA model (a folder, an .onnx file, or an onnx_ir model, which is left as it is) to latent attention.
 
     `calibrate`: text to fit the latents to. "self" lets the model write it; a path is a text file (the folder's
-    tokenizer reads it) or token ids in .npy; an array is token ids. An onnx_ir model has no folder and takes the last.
+    tokenizer reads it) or token ids in .npy; an array is token ids. The model writes some beside it
+    (`MlaConfig.calibrate_self`). An onnx_ir model has no folder: it takes an array, and nothing beside.
     The `calibration` of an earlier Result of the same model stands in for the text, whatever the budget.
     Raises MlaPassError when the model or the request cannot be served.
     """
@@ -79,7 +81,11 @@ def convert(
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))
     tokens, origin = (no_text, "no text") if calibration else token_source(source, calibrate, config)
-    rewriting = MlaPass(config, tokens, progress=progress, origin=origin, calibration=calibration)
+    beside = None if source is None or is_self(calibrate) else partial(self_written, source)
+    rewriting = MlaPass(
+        config, tokens, progress=progress, origin=origin, calibration=calibration,
+        written=beside,
+    )  # fmt: skip
     rewriting.call(graph)
     assert rewriting.report and rewriting.settled and rewriting.calibration  # call returned
     folder = source.parent if source else None
@@ -104,8 +110,9 @@ def token_source(
         ids = as_token_ids(calibrate, "the array")
         return (lambda count: ids), "the array"
     assert source is not None  # checked by convert
-    if str(calibrate) == "self":
-        return (lambda count: self_written(source, count, config.calibrate_context)), "the model's own text"
+    if is_self(calibrate):
+        length = config.calibrate_context
+        return (lambda count: self_written(source, -(-count // length), length).reshape(-1)), "the model's own text"
     path = Path(calibrate)
     if not path.is_file():
         raise MlaPassError(f"calibration text {path} does not exist; give a text file, token ids in .npy, or 'self'")
@@ -113,11 +120,16 @@ def token_source(
     return (lambda count: ids), str(path)
 
 
-def self_written(source: Path, count: int, length: int) -> np.ndarray:
-    """Text the model writes by itself from its first token."""
+def is_self(calibrate: str | Path | np.ndarray) -> bool:
+    """Whether the model is to write all of the text."""
+    return not isinstance(calibrate, np.ndarray) and str(calibrate) == "self"
+
+
+def self_written(source: Path, rows: int, length: int) -> np.ndarray:
+    """Text the model writes by itself from its first token, [rows, length]."""
     from mla_pass.onnx.perplexity import sample_tokens
 
-    return sample_tokens(session(source), count, length=length, batch=SELF_BATCH).reshape(-1)
+    return sample_tokens(session(source), rows * length, length=length, batch=SELF_BATCH)
 
 
 def read_ids(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mla_pass.errors import MlaPassError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Metric = Literal["output", "fisher"]
 
 
@@ -47,12 +47,13 @@ class SiteStatistics:
 @dataclass(frozen=True)
 class Calibration:
     """All sites of one model, and text to try conversions on: `held_out` [n, T] token ids that none of the moments has
-    seen, and as many that they have, `seen` [n, T]."""
+    seen, and as many that they have, `seen` [n, T]. The last `written` of those held out the model wrote itself."""
 
     sites: tuple[SiteStatistics, ...]
     held_out: np.ndarray
     seen: np.ndarray
     metric: Metric
+    written: int = 0
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all. Raises MlaPassError when that fails."""
@@ -66,7 +67,12 @@ class Calibration:
             if site.sample is not None:
                 parts = ((f.name, getattr(site.sample, f.name)) for f in fields(SiteSample))
                 arrays |= {f"{i}.sample.{name}": np.ascontiguousarray(array) for name, array in parts}
-        about = {"format_version": FORMAT_VERSION, "metric": self.metric, "sites": len(self.sites)}
+        about = {
+            "format_version": FORMAT_VERSION,
+            "metric": self.metric,
+            "sites": len(self.sites),
+            "written": self.written,
+        }
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -94,7 +100,7 @@ class Calibration:
             )
         try:
             sites = tuple(_site(arrays, i) for i in range(about["sites"]))
-            return cls(sites, arrays["held_out"], arrays["seen"], about["metric"])
+            return cls(sites, arrays["held_out"], arrays["seen"], about["metric"], about["written"])
         except KeyError as error:
             raise MlaPassError(f"{path} is incomplete: {error} is missing; calibrate anew") from error
 

@@ -17,7 +17,6 @@ from mla_pass.calibrate import (
     blended,
     calibrate,
     calibrate_fisher,
-    cut_windows,
     output_gradient,
 )  # fmt: skip
 from mla_pass.onnx.instrument import instrument
@@ -170,14 +169,6 @@ def test_graph_gives_torchs_queries_keys_and_values(family: str) -> None:
         for ours, theirs in zip(arrays, want, strict=True):
             theirs = theirs.swapaxes(0, 1) if theirs.ndim == 3 and len(theirs) != len(ids) else theirs
             np.testing.assert_allclose(ours.reshape(len(ids), -1), theirs.reshape(len(ids), -1), rtol=0, atol=1e-4)
-
-
-def test_windows_are_cut_and_short_text_is_named() -> None:
-    windows = cut_windows(np.arange(1000), 100, 500, 200, "text")
-    assert windows.shape == (6, 100) and (windows.reshape(-1) == np.arange(600)).all()
-    assert cut_windows(np.arange(90), 100, 500, 30, "text").shape == (2, 45)
-    with pytest.raises(MlaPassError, match="text has 250 tokens, but this model needs at least 400"):
-        cut_windows(np.arange(250), 100, 500, 300, "text")
 
 
 def test_accumulator_keeps_no_window() -> None:

@@ -23,7 +23,7 @@ from mla_pass.pytorch.checkpoint import Checkpoint
 from mla_pass.pytorch.distill import Distillation, before_logits
 from mla_pass.pytorch.graph import TorchGraph, together
 from mla_pass.pytorch.healing import HELD_OUT
-from mla_pass.pytorch.optimizer import Optimizer, orthogonal
+from mla_pass.pytorch.optimizer import Optimizer, inverse_root
 from mla_pass.pytorch.trainable import find_trainable, latent_nodes
 from tests.families import VOCAB, exported
 
@@ -361,23 +361,54 @@ def test_the_last_product_is_found_behind_a_cap() -> None:
         assert (user.op_type, place, more) == ("MatMul", 0, [])
 
 
-def test_steps_are_orthogonal_and_sized_by_the_weight() -> None:
+def test_inverse_root_undoes_a_square() -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 20, 12) @ torch.diag(torch.logspace(0, -1, 12))
-    singular = torch.linalg.svdvals(orthogonal(x))
-    assert singular.min() > 0.5 and singular.max() < 1.4
-    torch.testing.assert_close(orthogonal(x.mT).mT, orthogonal(x))
-    parameters = {"matrix": torch.randn(20, 20) * 3, "vector": torch.randn(20) * 0.1}
+    a = torch.randn(3, 12, 12, dtype=torch.float64)
+    square = a @ a.mT + torch.eye(12, dtype=torch.float64)
+    root = inverse_root(square)
+    # Damped by a thousandth of the mean eigenvalue: alike up to that over the smallest one.
+    torch.testing.assert_close(
+        root @ square @ root, torch.eye(12, dtype=torch.float64).expand(3, -1, -1), rtol=0, atol=0.05
+    )
+    assert inverse_root(torch.zeros(4, 4)).isfinite().all()
+
+
+def test_steps_are_sized_by_the_weight() -> None:
+    torch.manual_seed(0)
+    parameters = {"matrix": torch.randn(20, 20) * 3, "maps": torch.randn(2, 20, 9), "vector": torch.randn(20) * 0.1}
     before = {name: weight.clone() for name, weight in parameters.items()}
-    optimizer = Optimizer(parameters, 0.01)
+    optimizer = Optimizer(parameters)
     for weight in parameters.values():
         weight.requires_grad_(True)
         weight.grad = torch.randn_like(weight)
-    optimizer.step(0.5)
+    optimizer.step(0.005)
     for name, weight in parameters.items():
         moved = (weight.detach() - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
         assert 0.7 * 0.005 < moved < 1.3 * 0.005
         assert weight.grad is None
+
+
+def test_whitened_steps_go_straight_where_gradients_do_not() -> None:
+    # A quadratic loss whose two sides are felt a thousandfold unevenly: its gradient hardly shows the flat directions.
+    torch.manual_seed(0)
+    left, right = (torch.diag(torch.logspace(0, -1.5, 8, dtype=torch.float64)) for _ in range(2))
+    aim, scale = torch.randn(8, 8, dtype=torch.float64), 300
+    weight = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    plain = weight.detach().clone().requires_grad_(True)
+    optimizer = Optimizer({"w": weight})
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        noise = 0.1 * torch.randn(8, 8, dtype=torch.float64)  # a batch's own idea of where to go
+        return 0.5 * (left @ (w - aim + noise) @ right).square().sum()
+
+    for i in range(scale):
+        loss(weight).backward()
+        optimizer.step(0.05 * (1 - i / scale))
+        (gradient,) = torch.autograd.grad(loss(plain), plain)
+        with torch.no_grad():
+            plain -= (1 - i / scale) * gradient  # the longest steps that the steepest direction allows
+    ours, theirs = ((w.detach() - aim).square().mean() for w in (weight, plain))
+    assert ours < 0.25 * theirs
 
 
 def test_without_matplotlib_the_plot_is_said_to_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ class Chooser:
     def doubts(self, config: MlaConfig, excess: Excess) -> list[str]:
         """What the losses say against the calibration text, a sentence each."""
         assert self._probe is not None  # excess was measured
-        told, before = [], float(self._probe.before.mean())
+        given = self._probe.before[: len(self._probe.before) - self.calibration.written]
+        told, before = [], float(given.mean()) if len(given) else 0.0  # the model's own text needs no doubt
         if before > UNLIKELY_LOSS:
             told.append(
                 f"The model itself loses {before:.1f} nats per token on the calibration text: is it in a language and "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import onnx_ir as ir
 
-from mla_pass.calibrate import HELD_OUT, calibrate, calibrate_fisher, cut_windows, tokens_needed
+from mla_pass.calibrate import ROUNDING, calibrate, calibrate_fisher, tokens_needed
 from mla_pass.config import MlaConfig
 from mla_pass.errors import MlaPassError
 from mla_pass.export.layout import MAX_POSITION_KEY
@@ -21,6 +22,7 @@ from mla_pass.proof import admit
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite, Refusal
 from mla_pass.statistics import Calibration, Metric
+from mla_pass.windows import HELD_OUT, cut_windows, mixed
 
 DEFAULT_MAX_POSITIONS = 32768
 
@@ -35,7 +37,8 @@ class MlaPass(ir.passes.InPlacePass):
     5. Replace each block by a LatentAttention node; caches become ``past.{layer}.latent`` and ``.rope``.
 
     `token_ids`: a function that gives calibration text as one stream of ids, called once the model is known to be
-    convertible; it is told how many tokens are wanted. After a run `report` tells what was done, `settled` with which
+    convertible; it is told how many tokens are wanted. `written` gives what the model writes itself, so many rows of so
+    many tokens; without it the text stands alone. After a run `report` tells what was done, `settled` with which
     configuration, and `calibration` what calibration saw: given to another pass over the same model it spares step 3.
     Raises MlaPassError and leaves the model as it was when any step before the last fails.
     """
@@ -43,10 +46,11 @@ class MlaPass(ir.passes.InPlacePass):
     def __init__(
         self, config: MlaConfig, token_ids: Callable[[int], np.ndarray], *, progress: Progress | None = None,
         origin: str = "the token ids", calibration: Calibration | None = None,
+        written: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         """`origin` names the calibration text in messages; `progress` hears (stage, done, total)."""
         super().__init__()
-        self.config, self.token_ids, self.origin = config, token_ids, origin
+        self.config, self.token_ids, self.origin, self.written = config, token_ids, origin, written
         self.progress: Progress = progress or (lambda stage, done, total: None)
         self.calibration = calibration
         self.settled: MlaConfig | None = None
@@ -69,9 +73,8 @@ class MlaPass(ir.passes.InPlacePass):
         notes += [*settled.notes, *doubts(self.calibration, sites)]
         if settled.excess is not None:
             count, length = self.calibration.held_out.shape
-            notes.append(
-                f"Excess loss on {count} held-out windows of {length} tokens of the calibration text: {settled.excess}."
-            )
+            own = f", {self.calibration.written} of them written by the model" if self.calibration.written else ""
+            notes.append(f"Excess loss on {count} held-out windows of {length} tokens{own}: {settled.excess}.")
         notes += self.rewrite(model, conversions, positions)
         self.settled = settled.config
         self.report = Report(tuple(layers), tuple(str(r) for r in refusals), sites[0].dtype, tuple(notes))
@@ -104,23 +107,40 @@ class MlaPass(ir.passes.InPlacePass):
 
     def observe(self, model: ir.Model, sites: Sequence[AttentionSite]) -> Calibration:
         """Run the model over the calibration text."""
-        config, needed = self.config, tokens_needed(sites)
-        metric = chosen_metric(config)
-        held_out = HELD_OUT * config.calibrate_context
-        wanted = max(config.calibrate_tokens, needed)
+        metric = chosen_metric(self.config)
         self.progress("getting calibration text", 0, 1)
-        ids = self.token_ids(wanted + held_out)
+        # ONNX Runtime's CPU has no bfloat16 arithmetic to write with.
+        writes = self.written is not None and sites[0].dtype != "bfloat16"
+        windows, own = self.windows(tokens_needed(sites), self.config.calibrate_self if writes else 0.0)
         self.progress("getting calibration text", 1, 1)
-        windows = cut_windows(ids, config.calibrate_context, wanted + held_out, needed, self.origin)
 
         def progress(done: int, total: int) -> None:
             self.progress(f"calibrating ({metric} metric)", done, total)
 
         if metric == "output":
-            return calibrate(sites, instrument(model, sites), windows, progress=progress)
-        from mla_pass.pytorch.gradients import Gradients
+            found = calibrate(sites, instrument(model, sites), windows, progress=progress)
+        else:
+            from mla_pass.pytorch.gradients import Gradients
 
-        return calibrate_fisher(sites, Gradients(model, sites), windows, progress=progress)
+            found = calibrate_fisher(sites, Gradients(model, sites), windows, progress=progress)
+        return replace(found, written=own)
+
+    def windows(self, needed: int, share: float) -> tuple[np.ndarray, int]:
+        """Calibration text [n, T], a `share` of it the model's own, and how many of the windows to hold out are that.
+
+        Raises MlaPassError when the text given has fewer than `needed` tokens, or the model cannot write.
+        """
+        context = self.config.calibrate_context
+        count = -(-max(self.config.calibrate_tokens, needed) // context) + HELD_OUT
+        own = round(share * count)
+        wanted = max((count - own) * context, needed)
+        given = cut_windows(self.token_ids(wanted), context, wanted, needed, self.origin)
+        if self.written is None or own == 0:
+            return given, 0
+        try:
+            return mixed(given, self.written(own, given.shape[1]))
+        except MlaPassError as error:
+            raise MlaPassError(f"{error}; or calibrate on the given text alone, with calibrate_self 0") from error
 
     def positions(self, model: ir.Model) -> tuple[int, list[str]]:
         """Rows of the rotary table, and what the user should know about it."""
@@ -161,7 +181,11 @@ def check_calibration(calibration: Calibration, sites: Sequence[AttentionSite]) 
 def doubts(calibration: Calibration, sites: Sequence[AttentionSite]) -> list[str]:
     """What is odd about the statistics, a sentence each."""
     told = []
-    still = [site.name for site, s in zip(sites, calibration.sites, strict=True) if (np.diag(s.covariance) <= 0).any()]
+    still = [
+        site.name
+        for site, s in zip(sites, calibration.sites, strict=True)
+        if (np.diag(s.covariance) <= ROUNDING * s.mean**2).any()
+    ]
     if still:
         told.append(
             f"{len(still)} blocks have key or value channels that never varied over the calibration text ({still[0]}, "

@@ -181,8 +181,8 @@ def cut_text(source: Path, text: str | Path | np.ndarray, config: HealConfig) ->
     if isinstance(text, np.ndarray):
         ids = as_token_ids(text, "the array")
     elif str(text) == "self":
-        count = (config.tokens or SELF_TOKENS) + HELD_OUT * config.context
-        ids = self_written(source, count, config.context)
+        rows = -(-(config.tokens or SELF_TOKENS) // config.context) + HELD_OUT
+        ids = self_written(source, rows, config.context).reshape(-1)
     elif not Path(text).is_file():
         raise MlaPassError(f"text {text} does not exist; give a text file, token ids in .npy, or 'self'")
     elif Path(text).suffix == ".npy":

@@ -1,9 +1,9 @@
-"""Orthogonalised momentum (Muon) for matrices, Adam for vectors, every step sized by the weight that takes it.
+"""Whitened momentum for matrices, Adam for vectors; every step is sized by the weight that takes it.
 
-Healing has a few dozen steps to move matrices that are nearly right. Adam's step has all of its size in the few
-directions that the gradient fills most, and crawls in the others. Making the momentum orthogonal, all its singular
-values one, moves every direction at the same pace. And as the weights of one block differ a hundredfold in size (a
-latent's columns come sorted by energy), a step is a fraction of the weight's own root mean square, not a number.
+Healing has a few hundred steps for matrices that are nearly right, and their gradients lie along few directions: those
+that the hidden state fills most and that the loss feels most. Steps along the gradient move hardly anything else. So
+each matrix's gradient G is multiplied from both sides by L^-1/2 and R^-1/2, where L and R are running means of G G^T
+and G^T G (Shampoo, Gupta et al. 2018, with the exponents of Anil et al. 2020): all directions move at one pace.
 """
 
 from __future__ import annotations
@@ -14,62 +14,81 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.9
-DECAY = 0.95
-"""How much of the mean square of a vector's gradient stays a step."""
+STATISTICS = 0.98
+"""How much of the running means of squares stays a step."""
+REFRESH = 5
+"""Steps between two decompositions of the running means."""
+DAMPING = 1e-3
+"""Added to the eigenvalues, relative to their mean: a direction never seen is no reason for a long step."""
+LARGEST = 4096
+"""Longer sides of a matrix are left as they are: their square would take more memory than the model."""
 _SMALLEST = 1e-3
 """A weight of zeros (a bias) moves as if it had this root mean square."""
+_TINY = 1e-30
 
 
 class Optimizer:
     """Updates weights in place from their ``grad``, which it takes away."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], lr: float) -> None:
-        """`lr` is the root mean square of a step relative to that of the weight at the start."""
-        self.parameters, self.lr, self.steps = parameters, lr, 0
-        with torch.no_grad():
-            self.sizes = {name: _rms(weight).clamp_min(_SMALLEST) for name, weight in parameters.items()}
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Weights [..., a, b] are matrices, one by one; vectors are [a]."""
+        self.parameters, self.steps = parameters, 0
         self.state: dict[str, Tensor] = {}
-        """Tensors by ``{what}/{parameter}``: all that a later step needs, with `steps`."""
+        """Tensors by ``{what}/{parameter}``: with `steps`, all that a later step needs."""
         for name, weight in parameters.items():
-            self.state[f"momentum/{name}"] = torch.zeros_like(weight)
-            self.state[f"size/{name}"] = self.sizes[name]
+            like = weight.detach()
+            self.state[f"size/{name}"] = _rms(like).clamp_min(_SMALLEST)
+            self.state[f"momentum/{name}"] = torch.zeros_like(like)
             if weight.ndim < 2:
-                self.state[f"square/{name}"] = torch.zeros_like(weight)
+                self.state[f"square/{name}"] = torch.zeros_like(like)
+            for side, length in _sides(weight):
+                square = like.new_zeros(*weight.shape[:-2], length, length)
+                self.state |= {f"{side}/{name}": square, f"root {side}/{name}": square.clone()}
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step of `factor` times the learning rate."""
+    def step(self, lr: float) -> None:
+        """Move every weight by `lr` times its own root mean square at the start."""
         self.steps += 1
         for name, weight in self.parameters.items():
             gradient, weight.grad = weight.grad, None
-            if gradient is not None:
-                weight.sub_(self._direction(name, gradient) * (factor * self.lr * self.state[f"size/{name}"]))
+            if gradient is None:
+                continue
+            momentum = self.state[f"momentum/{name}"].lerp_(gradient, 1 - MOMENTUM)
+            whiten = self._scaled if weight.ndim < 2 else self._whitened
+            weight.sub_(whiten(name, gradient, momentum) * (lr * self.state[f"size/{name}"]))
 
-    def _direction(self, name: str, gradient: Tensor) -> Tensor:
-        """A step of root mean square one, about."""
-        momentum = self.state[f"momentum/{name}"].lerp_(gradient, 1 - MOMENTUM)
-        if gradient.ndim < 2:
-            square = self.state[f"square/{name}"].lerp_(gradient.square(), 1 - DECAY)
-            mean = momentum / (1 - MOMENTUM**self.steps)
-            return mean / (square / (1 - DECAY**self.steps)).sqrt().add_(1e-20)
-        ahead = momentum.lerp(gradient, 1 - MOMENTUM)
-        return orthogonal(ahead) * max(gradient.shape[-2:]) ** 0.5
+    def _scaled(self, name: str, gradient: Tensor, momentum: Tensor) -> Tensor:
+        """Adam's step: each number by its own root mean square."""
+        square = self.state[f"square/{name}"].lerp_(gradient.square(), 1 - STATISTICS)
+        mean = momentum / (1 - MOMENTUM**self.steps)
+        return mean / (square / (1 - STATISTICS**self.steps)).sqrt().add_(_TINY)
+
+    def _whitened(self, name: str, gradient: Tensor, momentum: Tensor) -> Tensor:
+        """L^-1/2 momentum R^-1/2, scaled to a root mean square of one."""
+        step = momentum
+        for side, _ in _sides(gradient):
+            square, root = self.state[f"{side}/{name}"], self.state[f"root {side}/{name}"]
+            square.lerp_(gradient @ gradient.mT if side == "left" else gradient.mT @ gradient, 1 - STATISTICS)
+            if self.steps <= REFRESH or self.steps % REFRESH == 0:
+                root.copy_(inverse_root(square))
+            step = root @ step if side == "left" else step @ root
+        return step / _rms(step).clamp_min(_TINY)
 
 
-def orthogonal(x: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest matrix with all singular values one, roughly (0.7 to 1.2), for each matrix of x [..., a, b].
+def inverse_root(x: Tensor) -> Tensor:
+    """x^-1/2 of symmetric matrices [..., n, n] without negative eigenvalues, damped."""
+    values, vectors = torch.linalg.eigh(x)
+    values = values.clamp_min(0)
+    values = values + DAMPING * values.mean(-1, keepdim=True) + _TINY
+    return (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
 
-    Newton-Schulz iteration with the coefficients of Jordan et al. 2024: five products a round and no decomposition.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    for _ in range(rounds):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+
+def _sides(weight: Tensor) -> list[tuple[str, int]]:
+    """The sides of a matrix that are whitened, with their lengths; none of a vector."""
+    if weight.ndim < 2:
+        return []
+    return [(side, n) for side, n in zip(("left", "right"), weight.shape[-2:], strict=True) if n <= LARGEST]
 
 
 def _rms(x: Tensor) -> Tensor:
-    return x.detach().square().mean().sqrt()
+    return x.square().mean().sqrt()

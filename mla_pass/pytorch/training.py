@@ -58,7 +58,7 @@ class Training:
         self.distillation, self.config, self.checkpoint, self.progress = distillation, config, checkpoint, progress
         self.windows = torch.from_numpy(windows)
         self.aims = [distillation.aim(window[None]) for window in self.windows[-HELD_OUT:]]
-        self.optimizer = Optimizer(distillation.parameters, config.lr)
+        self.optimizer = Optimizer(distillation.parameters)
         self.course = Course()
         self._whole = True
 
@@ -127,12 +127,17 @@ class Training:
                 f"the loss of step {self.course.step} is {loss}: healing diverged; use a learning rate below "
                 f"{self.config.lr:g}"
             )
-        warm = min(1.0, (self.course.step + 1) / WARM_UP)
+        lr = self._rate()
         self._whole = False
-        self.optimizer.step(warm * (1 - self.done()))
+        self.optimizer.step(lr)
         self.course.step += 1
         self.course.losses.append(loss)
         self._whole = True
+
+    def _rate(self) -> float:
+        """Rises for a few steps, then falls to zero. Loss is quadratic near its minimum: the way is as its root."""
+        distance = self.course.measured[0].loss ** 0.5
+        return self.config.lr * distance * min(1.0, (self.course.step + 1) / WARM_UP) * (1 - self.done())
 
     def _batch(self, step: int) -> Tensor:
         """Token ids [batch, context]: every window once in an order of its own, then again in another."""
