@@ -1,7 +1,7 @@
 """Loss, cache and speed against the budget, on a real model and real text; ours, each ingredient off, and baselines.
 
     python benchmarks/quality.py MODEL --text wiki.test.raw --calibrate calib.txt [--budgets 0.75 0.625 0.5 0.375 0.25]
-        [--ablate 0.5] [--checkpoint FOLDER --baselines transmla care svd] [--stats FILE] [--json]
+        [--ablate 0.5] [--heal 30] [--checkpoint FOLDER --baselines transmla care svd] [--stats FILE] [--json]
 
 Protocol: the evaluation text is tokenised from its start without special tokens and cut into windows of `--context`;
 every window is independent, the loss is that of all tokens but the first, the same for the original and the converted
@@ -9,6 +9,7 @@ models. The excess is the mean difference in nats per token with its paired stan
 happens once, on other text, and every choice is made on that. Tokens per second are of greedy decoding behind a prompt
 of `--prompt-tokens`, measured in this run; cache bytes are measured on the live tensors.
 
+`--heal` trains each conversion on the calibration text for some minutes (`mla-pass heal`) and measures it again.
 `--ablate` converts at that budget with one ingredient of the recipe switched off at a time. Baselines are published
 methods, re-implemented in `baselines/`, on the Hugging Face `--checkpoint` that MODEL was exported from, with the same
 calibration tokens; their bytes are counted from the row they would cache.
@@ -20,6 +21,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,11 +102,13 @@ class Ours:
         self.original, self.before = measure("original", original, (0, 0), self.ids, arguments, None)
         known = arguments.stats is not None and arguments.stats.exists()
         self.calibration = Calibration.load(arguments.stats) if known else None
+        self.healed: list[Row] = []
 
-    def row(self, name: str, **options: Any) -> tuple[Row, mla_pass.MlaConfig]:
+    def row(self, name: str, heal: bool = False, **options: Any) -> tuple[Row, mla_pass.MlaConfig]:
         """Convert with `options`, measure; rank and rope dims are means over the layers."""
         print(f"converting: {name}", file=sys.stderr)
-        config = mla_pass.MlaConfig(calibrate_tokens=self.arguments.calibrate_tokens, **options)
+        text = {"calibrate_tokens": self.arguments.calibrate_tokens, "calibrate_self": self.arguments.calibrate_self}
+        config = mla_pass.MlaConfig(**text, **options)
         calibrate = self.arguments.calibrate if self.arguments.calibrate == "self" else Path(self.arguments.calibrate)
         result = mla_pass.convert(self.arguments.model, config, calibrate=calibrate, calibration=self.calibration)
         if self.calibration is None and self.arguments.stats is not None:
@@ -115,8 +119,24 @@ class Ours:
         with tempfile.TemporaryDirectory() as folder:
             converted = mla_pass.session(result.save(Path(folder) / "model"))
             row, _ = measure(name, converted, size, self.ids, self.arguments, self.before)
-        print(table([row]), *result.report.notes, sep="\n", file=sys.stderr)
+            print(table([row]), *result.report.notes, sep="\n", file=sys.stderr)
+            self.healed += self.heal(name, Path(folder), size) if heal else []
         return row, result.config
+
+    def heal(self, name: str, folder: Path, size: tuple[int, int]) -> list[Row]:
+        """Heal the model in `folder` on the calibration text for as long as asked, and measure again."""
+        if not self.arguments.heal:
+            return []
+        config = mla_pass.HealConfig(minutes=self.arguments.heal, lr=self.arguments.heal_lr)
+        clock = time.process_time()
+        found = mla_pass.heal(
+            self.arguments.model, folder / "model", folder / "healed", text=self.arguments.calibrate, config=config
+        )
+        minutes = (time.process_time() - clock) / 60
+        healed = mla_pass.session(folder / "healed")
+        row, _ = measure(f"{name} healed", healed, size, self.ids, self.arguments, self.before)
+        print(table([row]), found.text(), f"{minutes:.1f} minutes of CPU", sep="\n", file=sys.stderr)
+        return [replace(row, method="healed")]
 
 
 def baselines(ours: Ours, names: Sequence[str]) -> Iterator[Row]:
@@ -162,12 +182,15 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
     parser.add_argument("--calibrate", default="self", help="calibration text, .npy, or self")
     parser.add_argument("--calibrate-tokens", type=int, default=32768)
+    parser.add_argument("--calibrate-self", type=float, default=mla_pass.MlaConfig.calibrate_self, metavar="SHARE")
     parser.add_argument("--stats", type=Path, help="calibration statistics: read if there, else written")
     parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     parser.add_argument("--ablate", type=float, metavar="BUDGET", help="also each ingredient off, at this budget")
     parser.add_argument("--attention-flops", type=float, default=mla_pass.MlaConfig.attention_flops)
     parser.add_argument("--checkpoint", type=Path, help="Hugging Face folder of the model, for --baselines")
     parser.add_argument("--baselines", nargs="+", default=[], choices=("transmla", "care", "svd"))
+    parser.add_argument("--heal", type=float, metavar="MINUTES", help="also heal every conversion, so long each")
+    parser.add_argument("--heal-lr", type=float, default=mla_pass.HealConfig.lr)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompt-tokens", type=int, default=256)
@@ -179,7 +202,8 @@ def main() -> int:
     ours = Ours(arguments)
     rows = [ours.original]
     flops = {"attention_flops": arguments.attention_flops}
-    rows += [ours.row(f"{budget:g}", budget=budget, **flops)[0] for budget in arguments.budgets]
+    rows += [ours.row(f"{budget:g}", heal=True, budget=budget, **flops)[0] for budget in arguments.budgets]
+    rows += ours.healed
     if arguments.ablate is not None:
         row, config = ours.row(f"all at {arguments.ablate:g}", budget=arguments.ablate, **flops)
         rows.append(row)
