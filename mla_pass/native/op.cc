@@ -218,35 +218,6 @@ int input_characteristic(const OrtCustomOp*, std::size_t index) {
   return static_cast<int>(index < kRequired ? ort::Characteristic::required : ort::Characteristic::optional);
 }
 
-void set_output(OrtShapeInferContext* context, std::size_t index, int type, const std::vector<std::int64_t>& dims) {
-  ort::Shape* raw = nullptr;
-  call<ort::CreateShape>(&raw);
-  const OwnShape shape(raw);
-  call<ort::SetElementType>(raw, type);
-  call<ort::SetDimensions>(raw, dims.data(), dims.size());
-  call<ort::SetInferredOutput>(static_cast<const OrtShapeInferContext*>(context), index,
-                               static_cast<const ort::Shape*>(raw));
-}
-
-// Ranks and element types; sizes where they do not depend on attributes. ONNX Runtime asks the first operator of a name
-// for all element types, so the type is that of the input.
-void infer_shapes(OrtShapeInferContext* context) {
-  for (std::size_t output = 0; output < 3; ++output) {
-    const std::size_t input = output == 0 ? kQuery : output == 1 ? kPastLatent : kPastRope;
-    ort::Shape* shape = nullptr;  // stays the context's
-    call<ort::GetInferredInput>(static_cast<const OrtShapeInferContext*>(context), input, &shape);
-    int type = 0;
-    call<ort::GetElementType>(static_cast<const ort::Shape*>(shape), &type);
-    std::size_t rank = 0;
-    call<ort::GetDimensionsCount>(static_cast<const ort::Shape*>(shape), &rank);
-    std::vector<std::int64_t> dims(rank, -1);
-    if (rank > 0) call<ort::GetDimensions>(static_cast<const ort::Shape*>(shape), dims.data(), rank);
-    if (output == 0 && rank == 3) dims[2] = -1;
-    if (output > 0 && rank == 4) dims[2] = -1;
-    set_output(context, output, type, dims);
-  }
-}
-
 Op make_op(Type type) {
   Op op{};
   op.version = ort::kApiVersion;
@@ -273,9 +244,8 @@ Op make_op(Type type) {
     return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-    return guarded([&] { infer_shapes(context); });
-  };
+  // No InferOutputShapeFn: element types follow from the schema, the model states the shapes of its own outputs, and
+  // what ONNX Runtime lets such a function say has no word for a dimension that is not known.
   return op;
 }
 

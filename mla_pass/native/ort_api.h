@@ -77,9 +77,6 @@ using CreateCustomOpDomain = Slot<26, OrtStatus*(const char* name, OrtCustomOpDo
 using CustomOpDomainAdd = Slot<27, OrtStatus*(OrtCustomOpDomain*, const OrtCustomOp*)>;
 using AddCustomOpDomain = Slot<28, OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>;
 using GetTensorMutableData = Slot<51, OrtStatus*(OrtValue*, void** out)>;
-using CreateShape = Slot<57, OrtStatus*(Shape** out)>;
-using SetElementType = Slot<58, OrtStatus*(Shape*, int type)>;
-using SetDimensions = Slot<59, OrtStatus*(Shape*, const std::int64_t* dims, std::size_t count)>;
 using GetElementType = Slot<60, OrtStatus*(const Shape*, int* out)>;
 using GetDimensionsCount = Slot<61, OrtStatus*(const Shape*, std::size_t* out)>;
 using GetDimensions = Slot<62, OrtStatus*(const Shape*, std::int64_t* dims, std::size_t count)>;
@@ -94,8 +91,6 @@ using ReleaseStatus = Slot<93, void(OrtStatus*)>;
 using ReleaseShape = Slot<99, void(Shape*)>;
 using GetFloats = Slot<162, OrtStatus*(const OrtKernelInfo*, const char* name, float* out, std::size_t* count)>;
 using GetInts = Slot<163, OrtStatus*(const OrtKernelInfo*, const char* name, std::int64_t* out, std::size_t* count)>;
-using GetInferredInput = Slot<268, OrtStatus*(const OrtShapeInferContext*, std::size_t index, Shape** out)>;
-using SetInferredOutput = Slot<270, OrtStatus*(const OrtShapeInferContext*, std::size_t index, const Shape*)>;
 using ParallelFor = Slot<274, OrtStatus*(const OrtKernelContext*, void (*task)(void*, std::size_t), std::size_t total,
                                          std::size_t batches, void* user)>;
 
