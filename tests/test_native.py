@@ -29,12 +29,12 @@ FORMS = ("absorbed", "expanded", "")
 
 
 @given(cases())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_reference_body_and_kernels_agree(case: Case) -> None:
     drawn = Drawn(case)
     model, feeds = drawn.model(), drawn.feeds()
     for isa in INSTRUCTION_SETS:
-        for form in FORMS:
+        for form in ("absorbed", "expanded"):
             outputs = run_session(open_model(model, isa=isa, form=form), feeds)
             check(drawn, outputs, ROUNDING[case.dtype] + FLOAT32_ERROR)
     if case.body_agrees:
