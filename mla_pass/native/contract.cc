@@ -154,7 +154,7 @@ class Checker {
     const Tensor& tensor = inputs_[input];
     const Kind kind = kind_of(input);
     const Type type = kind == Kind::model ? model_ : kind == Kind::float32 ? Type::float32 : Type::int64;
-    bool good = tensor.type == static_cast<int>(type) && tensor.rank == static_cast<Index>(dims.size());
+    bool good = tensor.given && tensor.type == static_cast<int>(type) && tensor.rank == static_cast<Index>(dims.size());
     std::size_t i = 0;
     for (const Dim& dim : dims) {
       if (!good) break;
