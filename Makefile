@@ -15,7 +15,7 @@ PIP_ARGS ?=
 TEST_ARGS ?=
 
 bin := $(VENV)/bin
-sources := pyproject.toml constraints.txt CMakeLists.txt
+sources := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mla_pass/native/*.cc mla_pass/native/*.h mla_pass/native/*.txt)
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
 pytest := $(bin)/python -m pytest --timeout=300
 

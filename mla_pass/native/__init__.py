@@ -39,8 +39,8 @@ def library_path() -> str:
     path = find_library()
     if path is None:
         raise MlaPassError(
-            f"the op library {_NAME} is not built; expected it in mla_pass/lib: install a C++ compiler (g++ or clang++) "
-            "and install mla_pass again. Models run without it, on stock ONNX operators"
+            f"the op library {_NAME} is not built; expected it in mla_pass/lib: install a C++ compiler (g++ or "
+            "clang++) and install mla_pass again. Models run without it, on stock ONNX operators"
         )
     return path
 

@@ -12,7 +12,6 @@ extern const Isa isa_scalar;
 #if defined(MLA_PASS_X86)
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
-extern const Isa isa_avx512bf16;
 #endif
 
 namespace {
@@ -24,7 +23,6 @@ std::vector<const Isa*> usable() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&isa_avx512bf16);
   if (avx512) found.push_back(&isa_avx512);
   if (avx2) found.push_back(&isa_avx2);
 #endif

@@ -9,6 +9,7 @@
 #include "ort_api.h"
 #include "scratch.h"
 
+// Symbols that others may call; everything else is hidden.
 #define MLA_PASS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace mla_pass {
@@ -277,6 +278,9 @@ MLA_PASS_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const O
   api = table;
   return guarded([&] { call<ort::AddCustomOpDomain>(options, domain()); });
 }
+
+// The table that ONNX Runtime handed over; null before the library is registered. For the test of the slots.
+MLA_PASS_EXPORT const OrtApi* mla_pass_ort_api() { return mla_pass::api; }
 
 // Name of the i-th instruction set that this processor and this build have, best first; null past the last.
 MLA_PASS_EXPORT const char* mla_pass_isa(std::size_t i) {
