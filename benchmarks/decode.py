@@ -85,11 +85,14 @@ def latent(rank: int, rows: int, dtype: str, threads: int) -> Callable[[], None]
         "nope_dim": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
         "local_window_size": -1, "causal": 1, "shared_buffer": 1,
     }  # fmt: skip
-    node = helper.make_node(
-        "LatentAttention", [n for n in INPUTS if n in feeds], ["context", "latent", "rope"], domain="mla_pass", **attributes
-    )
-    node.attribute.extend(helper.make_attribute(n, [], attr_type=onnx.AttributeProto.INTS) for n in ("band_index", "band_block"))
-    node.attribute.extend(helper.make_attribute(n, [], attr_type=onnx.AttributeProto.FLOATS) for n in ("band_a0", "band_a1"))
+    given = [name for name in INPUTS if name in feeds]
+    outputs = ["context", "latent", "rope"]
+    node = helper.make_node("LatentAttention", given, outputs, domain="mla_pass", **attributes)
+    kinds = onnx.AttributeProto
+    for name, list_type in [
+        ("band_index", kinds.INTS), ("band_block", kinds.INTS), ("band_a0", kinds.FLOATS), ("band_a1", kinds.FLOATS)
+    ]:  # fmt: skip
+        node.attribute.append(helper.make_attribute(name, [], attr_type=list_type))
     model = node_model(node, feeds, {"context": 3, "latent": 4, "rope": 4}, kind)
     return bound_session(model, feeds, {"past_latent": "latent", "past_rope": "rope"}, threads)
 
@@ -147,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     isa = os.environ.get("MLA_PASS_ISA") or native.instruction_sets()[0]
     print(f"{platform.processor() or platform.machine()}, {isa}, onnxruntime {ort.__version__}")
     print(f"one thread: {2 * fma / 1e9:.1f} GFLOP/s float32 in registers, {read / 1e9:.1f} GB/s read from memory\n")
-    print("| rows | threads | type | attention | ms | times faster than GQA | GFLOP/s | of FMA ceiling | GB/s of cache |")
+    print("| rows | threads | type | attention | ms | faster than GQA | GFLOP/s | of FMA ceiling | cache GB/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rows in args.rows:
         for threads in args.threads:
