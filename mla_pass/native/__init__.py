@@ -49,7 +49,7 @@ def instruction_sets() -> tuple[str, ...]:
     """Names of the instruction sets that the library has kernels for and this processor runs, best first."""
     isa = _library().mla_pass_isa
     isa.restype, isa.argtypes = ctypes.c_char_p, [ctypes.c_size_t]
-    names = []
+    names: list[str] = []
     while (name := isa(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
