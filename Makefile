@@ -2,6 +2,7 @@
 # make test        lint, types and the test suite
 # make slow-test   the tests that need minutes or a real model
 # make lint        ruff and mypy alone
+# make test-native the kernels without ONNX Runtime, plain and under sanitizers (cmake and a C++ compiler)
 # make clean       remove the environment, builds, caches and what the demo wrote
 #
 # PYTHON=python3.12   the interpreter to make the environment from
@@ -14,11 +15,11 @@ PIP_ARGS ?=
 TEST_ARGS ?=
 
 bin := $(VENV)/bin
-sources := pyproject.toml constraints.txt CMakeLists.txt
+sources := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mla_pass/native/*.cc mla_pass/native/*.h mla_pass/native/*.txt)
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
 pytest := $(bin)/python -m pytest --timeout=300
 
-.PHONY: demo test slow-test lint typecheck clean
+.PHONY: demo test slow-test test-native lint typecheck clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -32,6 +33,20 @@ slow-test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test typecheck
 	$(bin)/ruff check .
+
+# Plain for the optimised code; address and undefined behaviour; data races. SECONDS of random nodes each.
+NATIVE_SECONDS ?= 20
+sanitized := plain address,undefined thread
+
+test-native: $(foreach kind,$(sanitized),build/driver-$(kind)/.passed)
+
+build/driver-%/.passed: FORCE
+	cmake -S . -B $(@D) -DMLA_PASS_NATIVE=ON -DMLA_PASS_DRIVER=ON -DMLA_PASS_SANITIZE=$(filter-out plain,$*) > /dev/null
+	cmake --build $(@D) --target mla_pass_driver
+	$(@D)/mla_pass/native/mla_pass_driver $(NATIVE_SECONDS)
+
+.PHONY: FORCE
+FORCE:
 
 # mypy reads folders, not import hooks: show it the packages where they install.
 typecheck: $(VENV)/.installed-test

@@ -4,10 +4,10 @@ import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 import mla_pass
+from mla_pass import native
 
 _CORE = ("numpy", "onnx", "onnx_ir", "ml_dtypes", "tqdm")
 _OPTIONAL = {
@@ -32,6 +32,8 @@ class Environment:
     """Execution providers of the ONNX Runtime found, in its own order of preference."""
     native_library: str | None
     """Path of the op library, None when it is not built."""
+    instruction_sets: tuple[str, ...]
+    """Those that the op library has kernels for and this processor runs, best first."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -45,6 +47,8 @@ class Environment:
             rows.append((name, version or purpose))
         rows.append(("providers", ", ".join(self.providers) or "none: no ONNX Runtime"))
         rows.append(("native library", self.native_library or "not built: the op runs as stock ONNX ops"))
+        if self.native_library:
+            rows.append(("instruction sets", ", ".join(self.instruction_sets)))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
@@ -58,7 +62,8 @@ def environment() -> Environment:
         platform=platform.platform(),
         packages={name: _version(name, distributions.get(name, ())) for name in (*_CORE, *_OPTIONAL)},
         providers=_providers(),
-        native_library=_native_library(),
+        native_library=native.find_library(),
+        instruction_sets=native.instruction_sets() if native.find_library() else (),
     )
 
 
@@ -78,10 +83,3 @@ def _providers() -> tuple[str, ...]:
     import onnxruntime
 
     return tuple(onnxruntime.get_available_providers())
-
-
-def _native_library() -> str | None:
-    for folder in mla_pass.__path__:
-        for path in sorted(Path(folder, "lib").glob("*mla_pass*")):
-            return str(path)
-    return None

@@ -52,6 +52,34 @@ def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
             assert f"{inside}/{source.relative_to(ROOT / folder).as_posix()}" in names
 
 
+def test_the_wheel_holds_the_op_library_and_not_its_sources(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "mla_pass/lib/libmla_pass.so" in names and "mla_pass/native/__init__.py" in names
+    assert [name for name in names if name.endswith((".cc", ".h", "CMakeLists.txt"))] == []
+    assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
+
+
+def test_without_a_compiler_an_install_says_so_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "bin"
+    path.mkdir()
+    tools = {tool: shutil.which(tool) for tool in ("cmake", "make", "ninja")}
+    assert tools["cmake"], "the test needs cmake"
+    for tool, found in tools.items():
+        if found:
+            (path / tool).symlink_to(found)
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    generator = "Ninja" if tools["ninja"] else "Unix Makefiles"
+    command = [path / "cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", generator]
+    auto = subprocess.run(command, env=environment | {"PATH": str(path)}, capture_output=True, text=True)
+    told = " ".join(auto.stderr.split())
+    assert auto.returncode == 0, auto.stderr
+    assert "mla_pass is installed without its op library: there is no C++ compiler." in told
+    forced = subprocess.run(
+        [*command, "-DMLA_PASS_NATIVE=ON"], env=environment | {"PATH": str(path)}, capture_output=True, text=True
+    )
+    assert forced.returncode != 0
+
+
 def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -81,13 +109,14 @@ def test_an_editable_install_finds_new_files(tmp_path: Path) -> None:
     checkout, environment = tmp_path / "checkout", tmp_path / "environment"
     checkout.mkdir()
     for name in ("mla_pass", "patterns", "export"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
     for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     own = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     (own / "borrow.pth").write_text(sysconfig.get_path("purelib"))  # numpy and the build backend; its .pth files rest
     install = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    install += ["-C", "cmake.define.MLA_PASS_NATIVE=OFF"]  # another test builds the library
     subprocess.run([*install, "--no-build-isolation", "-e", checkout], check=True)
     for folder in ("patterns", "export", "mla_pass/onnx", "mla_pass"):
         (checkout / folder / "brand_new.py").write_text("")

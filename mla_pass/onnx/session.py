@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from mla_pass import native
 from mla_pass.errors import MlaPassError
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -92,6 +93,8 @@ class ModelSession:
     """Number of positions the model was made for, where its metadata states it."""
     device: str
     """Where the cache lives: ``cpu`` or ``cuda``."""
+    fused: bool
+    """Whether LatentAttention, where the graph has it, runs as the fused kernel of the op library."""
 
     @property
     def folder(self) -> Path:
@@ -113,13 +116,21 @@ class ModelSession:
         return Decoder(self, ids.shape[0], ids.shape[1]).forward(ids, attention_mask)
 
 
-def session(folder: str | Path, *, threads: int | None = None, providers: Sequence[str] = (CPU,)) -> ModelSession:
+def session(
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = (CPU,),
+    fused: bool | None = None,
+) -> ModelSession:
     """Open ``folder/model.onnx`` (or a path to an .onnx file) with ONNX Runtime.
 
     `threads` bounds the threads inside an operator; None leaves the choice to ONNX Runtime. `providers` are
-    execution provider names, best first; the cache lives on the device of the first.
-    Raises MlaPassError when the file is missing or cannot be run, when a provider asked for is not available, or when
-    the graph's inputs and outputs are not those of a language model with a flat cache.
+    execution provider names, best first; the cache lives on the device of the first. `fused` says whether
+    LatentAttention runs as the op library's kernel or as the model's own function of stock operators; None takes the
+    kernel where the library is built and has one for the first provider, which today is the CPU's.
+    Raises MlaPassError when the file is missing or cannot be run, when a provider or the library asked for is not
+    available, or when the graph's inputs and outputs are not those of a language model with a flat cache.
     """
     path = model_path(folder)
     if threads is not None and threads < 1:
@@ -138,7 +149,10 @@ def session(folder: str | Path, *, threads: int | None = None, providers: Sequen
             f"execution providers {list(providers)}: this ONNX Runtime offers {runtime.get_available_providers()}; "
             "choose among these, or install the extra mla-pass[cuda] in place of mla-pass[cpu] for CUDA"
         )
+    library = _op_library(fused, providers[0])
     with ort_errors(f"ONNX Runtime {runtime.__version__} cannot open {path}"):
+        if library is not None:
+            options.register_custom_ops_library(library)
         ort = runtime.InferenceSession(str(path), options, providers=list(providers))
     missing = [name for name in providers if name not in ort.get_providers()]
     if missing:
@@ -146,7 +160,20 @@ def session(folder: str | Path, *, threads: int | None = None, providers: Sequen
             f"ONNX Runtime could not start {missing} and fell back to {ort.get_providers()}; "
             "check that the driver and the CUDA libraries are installed, or leave the provider out"
         )
-    return _describe(ort, path, _DEVICES.get(providers[0], "cpu"))
+    return _describe(ort, path, _DEVICES.get(providers[0], "cpu"), library is not None)
+
+
+def _op_library(fused: bool | None, provider: str) -> str | None:
+    """Path of the op library to register, None for the function of stock operators.
+
+    Once registered there is no way back to the function: on a device the library has no kernel for, every layer would
+    copy its cache to the CPU.
+    """
+    if fused and provider != CPU:
+        raise MlaPassError(f"the op library has no kernel for {provider}; expected {CPU}, or fused=False")
+    if fused:
+        return native.library_path()
+    return native.find_library() if fused is None and provider == CPU else None
 
 
 def model_path(folder: str | Path) -> Path:
@@ -212,7 +239,7 @@ def _pair(past: Any, present: Any) -> CacheTensor:
     return CacheTensor(past.name, present.name, heads, width, _FLOATS[past.type], "shared" if shared else "growing")
 
 
-def _describe(ort: Any, path: Path, device: str) -> ModelSession:
+def _describe(ort: Any, path: Path, device: str, fused: bool) -> ModelSession:
     cache, tokens, logits = read_ports(ort.get_inputs(), ort.get_outputs())
     limit = ort.get_modelmeta().custom_metadata_map.get("mla_pass.max_position")
     vocab = logits.shape[2]
@@ -226,6 +253,7 @@ def _describe(ort: Any, path: Path, device: str) -> ModelSession:
         vocab=vocab if isinstance(vocab, int) else None,
         max_position=int(limit) if limit is not None else None,
         device=device,
+        fused=fused,
     )
 
 

@@ -1,0 +1,64 @@
+// What one thread of this machine can do at most: prints multiply-adds a second in registers and bytes a second read
+// from memory, by the thread's CPU time. Compile with -O3 -march=native.
+#include <cstdint>
+#include <cstdio>
+#include <ctime>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+typedef float Lanes __attribute__((vector_size(kBytes)));
+typedef std::int64_t Words __attribute__((vector_size(kBytes)));
+constexpr int kLanes = kBytes / static_cast<int>(sizeof(float));
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// Twelve chains hide the latency of two units, five cycles deep at most.
+double multiply_adds() {
+  constexpr int kChains = 12;
+  constexpr long kRounds = 20000000;
+  Lanes x[kChains] = {}, a = Lanes{} + 0.999f, b = Lanes{} + 0.001f;
+  const double start = now();
+  for (long i = 0; i < kRounds; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) {
+      x[j] = x[j] * a + b;
+      asm volatile("" : "+x"(x[j]));
+    }
+  }
+  const double taken = now() - start;
+  return static_cast<double>(kRounds) * kChains * kLanes / taken;
+}
+
+double bytes_read() {
+  std::vector<Words> memory((std::size_t{256} << 20) / sizeof(Words), Words{} + 1);
+  Words sum[8] = {};
+  const double start = now();
+  constexpr int kPasses = 4;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    for (std::size_t i = 0; i + 8 <= memory.size(); i += 8) {
+#pragma GCC unroll 8
+      for (std::size_t j = 0; j < 8; ++j) sum[j] ^= memory[i + j];
+    }
+    asm volatile("" : : "m"(sum));
+  }
+  return static_cast<double>(kPasses) * static_cast<double>(memory.size() * sizeof(Words)) / (now() - start);
+}
+
+}  // namespace
+
+int main() {
+  const double fma = multiply_adds();
+  std::printf("%.6g %.6g\n", fma, bytes_read());
+}

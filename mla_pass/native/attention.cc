@@ -1,0 +1,479 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <mutex>
+
+#include "scratch.h"
+
+// Conversions of single numbers; this file is compiled for the same processors as the scalar kernels.
+#define MLA_PASS_ISA scalar
+#include "vec_scalar.h"
+
+namespace mla_pass {
+namespace {
+
+std::atomic<std::uint64_t> copied{0};
+
+// Queries of a tile in the absorbed form, and in the expanded form, where all of them share one decoding of the cache.
+constexpr Index kTileRows = 32;
+constexpr Index kMacroRows = 2048;
+constexpr Index kLeastMacroRows = 256;
+// Fewer keys are not worth a part of their own: it starts every level of bands anew and adds a term to the join.
+constexpr Index kLeastKeys = 256;
+
+Index padded(Index count) { return (count + kPad - 1) / kPad * kPad; }
+Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+
+// Runs work(i) for each i on all threads; the first exception of any is thrown here once all are done.
+template <class Work>
+void parallel(const Threads& threads, Index count, const Work& work) {
+  struct Shared {
+    const Work& work;
+    std::mutex mutex;
+    std::exception_ptr failed;
+  } shared{work, {}, nullptr};
+  const auto task = [](void* user, std::size_t i) {
+    auto& mine = *static_cast<Shared*>(user);
+    try {
+      mine.work(static_cast<Index>(i));
+    } catch (const std::exception&) {
+      const std::lock_guard<std::mutex> lock(mine.mutex);
+      if (!mine.failed) mine.failed = std::current_exception();
+    }
+  };
+  threads.run(threads.self, static_cast<std::size_t>(count), task, &shared);
+  if (shared.failed) std::rethrow_exception(shared.failed);
+}
+
+template <class T>
+const Kernels<T>& kernels_of(const Isa& isa);
+template <>
+const Kernels<float>& kernels_of(const Isa& isa) {
+  return isa.f32;
+}
+template <>
+const Kernels<Half>& kernels_of(const Isa& isa) {
+  return isa.f16;
+}
+template <>
+const Kernels<Bfloat>& kernels_of(const Isa& isa) {
+  return isa.bf16;
+}
+
+// ---- cache
+
+// Rows of the past to where the present begins its sequences; nothing to do when they are one buffer.
+template <class T>
+void carry_over(const Sizes& size, const Tensor& past, void* present, Index width, const Threads& threads) {
+  if (past.data == present) return;
+  const Index rows = past.dims[2], bytes = rows * width * static_cast<Index>(sizeof(T));
+  if (bytes == 0) return;
+  parallel(threads, size.batch, [&](Index b) {
+    std::memcpy(static_cast<T*>(present) + b * size.capacity * width, past.as<T>() + b * rows * width,
+                static_cast<std::size_t>(bytes));
+  });
+  copied.fetch_add(static_cast<std::uint64_t>(bytes * size.batch), std::memory_order_relaxed);
+}
+
+template <class T>
+void store_row(const Problem<T>& p, const T* row, Index position, T* latent, T* rope) {
+  const Sizes& size = p.size;
+  std::copy_n(row, size.rank, latent);
+  const T *re = row + size.rank, *im = re + size.rope_dim / 2;
+  const float *cos = p.cos + position * size.angles, *sin = p.sin + position * size.angles;
+  for (Index i = 0; i < size.rope_dim / 2; ++i) {
+    const float c = cos[p.rope_index[i]], s = sin[p.rope_index[i]];
+    const float x = scalar::to_float(re[i]), y = scalar::to_float(im[i]);
+    scalar::narrow(x * c - y * s, rope + i);
+    scalar::narrow(x * s + y * c, rope + size.rope_dim / 2 + i);
+  }
+}
+
+template <class T>
+void store_rows(const Problem<T>& p, const T* row, const Outputs& outputs, const Threads& threads) {
+  const Sizes& size = p.size;
+  constexpr Index kRowsAtATime = 64;
+  const Index runs = ceil_div(size.fresh, kRowsAtATime);
+  parallel(threads, size.batch * runs, [&](Index i) {
+    const Index b = i / runs, begin = i % runs * kRowsAtATime;
+    for (Index s = begin; s < std::min(size.fresh, begin + kRowsAtATime); ++s) {
+      const Index to = b * size.capacity + size.total - size.fresh + s;
+      store_row(p, row + (b * size.fresh + s) * (size.rank + size.rope_dim), p.position_ids[b * size.position_step + s],
+                static_cast<T*>(outputs.present_latent) + to * size.rank,
+                static_cast<T*>(outputs.present_rope) + to * size.rope_dim);
+    }
+  });
+}
+
+// ---- what all tiles share
+
+// A0 and A1 of every pair: exp(j theta (block - 1) / 2) times a0 - j a1 (block - 1) / 2, and times j a1. The angle of
+// one row is read off the tables' row 1, which is unambiguous below pi.
+void make_fit(const Layout& layout, const Sizes& size, const float* cos, const float* sin, float* fit) {
+  for (Index i = 0; i < size.pairs; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    const Index column = size.angles + layout.band_index[at];
+    const double theta = std::atan2(static_cast<double>(sin[column]), static_cast<double>(cos[column]));
+    const double middle = static_cast<double>(layout.attributes.band_block[at] - 1) / 2;
+    const double c = std::cos(theta * middle), s = std::sin(theta * middle);
+    const double a0 = layout.attributes.band_a0[at], a1 = layout.attributes.band_a1[at], down = a1 * middle;
+    float *constant = fit + 2 * i, *slope = constant + 2 * size.pairs;
+    constant[0] = static_cast<float>(c * a0 + s * down);
+    constant[1] = static_cast<float>(s * a0 - c * down);
+    slope[0] = static_cast<float>(-s * a1);
+    slope[1] = static_cast<float>(c * a1);
+  }
+}
+
+// Rows of each sequence before the first that its padding mask shows.
+void find_first_kept(const Sizes& size, const std::int64_t* mask, Index* first) {
+  for (Index b = 0; b < size.batch; ++b) {
+    const std::int64_t *begin = mask + b * size.total, *end = begin + size.total;
+    first[b] = std::find_if(begin, end, [](std::int64_t kept) { return kept != 0; }) - begin;
+  }
+}
+
+struct Common {
+  float *fit, *key_mean;
+  Index* first_kept;
+};
+
+Common lay_common(const Sizes& size, Carver& carver) {
+  return {carver.take<float>(4 * size.pairs), carver.take<float>(size.groups * size.nope_dim),
+          carver.take<Index>(size.batch)};
+}
+
+template <class T>
+Problem<T> make_problem(const Layout& layout, const Sizes& size, const Inputs& inputs, const Outputs& outputs,
+                        const Common& common) {
+  Problem<T> p{};
+  p.size = size;
+  std::copy(layout.levels.begin(), layout.levels.end(), p.level);
+  p.rope_index = layout.rope_index.data();
+  p.band_index = layout.band_index.data();
+  p.query = inputs[kQuery].as<T>();
+  p.latent = static_cast<const T*>(outputs.present_latent);
+  p.rope = static_cast<const T*>(outputs.present_rope);
+  p.cos = inputs[kCos].as<float>();
+  p.sin = inputs[kSin].as<float>();
+  p.position_ids = inputs[kPositionIds].as<std::int64_t>();
+  p.padding_mask = inputs[kPaddingMask].as<std::int64_t>();
+  p.attention_bias = inputs[kAttentionBias].as<T>();
+  p.query_map = inputs[kQueryMap].as<T>();
+  p.key_up = inputs[kKeyUp].as<T>();
+  p.value_up = inputs[kValueUp].as<T>();
+  p.context = static_cast<T*>(outputs.context);
+  make_fit(layout, size, p.cos, p.sin, common.fit);
+  p.fit = common.fit;
+  if (p.key_up) {
+    const T* mean = inputs[kKeyMean].as<T>();
+    for (Index i = 0; i < size.groups * size.nope_dim; ++i) common.key_mean[i] = scalar::to_float(mean[i]);
+    p.key_mean = common.key_mean;
+  }
+  if (p.padding_mask) {
+    find_first_kept(size, p.padding_mask, common.first_kept);
+    p.first_kept = common.first_kept;
+  }
+  return p;
+}
+
+// ---- scratch of one tile
+
+template <class T>
+Queries<T> lay_queries(const Problem<T>& p, Index rows, bool expanded, Carver& carver) {
+  const Sizes& size = p.size;
+  Queries<T> q{};
+  q.width = padded(size.nope_dim + size.rope_dim);
+  q.dims = carver.take<float>(rows * q.width);
+  if (p.query_map) {
+    q.raw_width = padded(size.query_dim);
+    q.raw = carver.take<float>(rows * q.raw_width);
+  }
+  q.sight = carver.take<Sight<T>>(rows);
+  q.key_width = padded(size.key_rank);
+  if (!expanded) {
+    q.still = carver.take<float>(rows * q.key_width);
+    q.still_mean = carver.take<float>(rows);
+  }
+  return q;
+}
+
+Partial lay_partial(Index rows, Index value_width, Carver& carver) {
+  return {carver.take<float>(rows * value_width), carver.take<float>(rows), carver.take<float>(rows), value_width};
+}
+
+Index widest_level(const Level* levels, Index count) {
+  Index most = 0;
+  for (Index i = 0; i < count; ++i) most = std::max(most, levels[i].end - levels[i].begin);
+  return most;
+}
+
+template <class T>
+AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
+  const Sizes& size = p.size;
+  AbsorbScratch s{};
+  for (Index level = 0; level < size.levels; ++level) {
+    s.query[level] = carver.take<float>(size.orders * rows * padded(size.key_rank));
+    s.mean[level] = carver.take<float>(size.orders * rows);
+  }
+  const Index pairs = widest_level(p.level, size.levels);
+  s.turned = carver.take<float>(size.orders * rows * 2 * pairs);
+  s.turn = carver.take<float>(2 * pairs);
+  s.scores = carver.take<float>(rows * (kChunk + kPad));
+  if (size.orders > 1) s.slopes = carver.take<float>(rows * (kChunk + kPad));
+  if (type_of<T>() != Type::float32) {
+    s.rank_width = padded(size.rank);
+    s.rope_width = padded(size.rope_dim);
+    s.latent = carver.take<float>(kChunk * s.rank_width);
+    s.rope = carver.take<float>(kChunk * s.rope_width);
+  }
+  return s;
+}
+
+template <class T>
+ExpandScratch lay_expand(const Problem<T>& p, Index width, Carver& carver) {
+  const Sizes& size = p.size;
+  ExpandScratch s{};
+  s.key_width = padded(size.key_rank);
+  if (p.key_up) s.key_up = carver.take<float>(size.nope_dim * s.key_width);
+  if (type_of<T>() != Type::float32) {
+    s.rank_width = padded(size.rank);
+    s.latent = carver.take<float>(kChunk * s.rank_width);
+  }
+  // Products of four keys are stored together: the last row may run over.
+  s.keys = carver.take<float>(kChunk * width + kPad);
+  s.values = carver.take<float>(kChunk * padded(size.value_dim));
+  s.factor = carver.take<float>(4 * widest_level(p.level, size.levels));
+  s.scores = carver.take<float>(kQueryRows * (kChunk + kPad));
+  return s;
+}
+
+template <class T>
+FinishScratch lay_finish(const Problem<T>& p, Index rows, Index value_width, Carver& carver) {
+  const Index out = padded(p.size.value_dim);
+  return {carver.take<float>(rows * value_width), p.value_up ? carver.take<float>(rows * out) : nullptr, out};
+}
+
+// ---- tiles
+
+// Tiles of one shape that cover all queries. Within a tile tokens come before heads: tokens of one kv group share its
+// up-projection.
+struct Tiling {
+  Index heads, tokens;           // of a tile
+  Index head_tiles, token_tiles;  // of a sequence
+  bool token_major;
+
+  Index count(const Sizes& size) const { return size.batch * head_tiles * token_tiles; }
+
+  Tile at(const Sizes& size, Index i) const {
+    const Index head = i / token_tiles % head_tiles * heads, token = i % token_tiles * tokens;
+    return {i / token_tiles / head_tiles,       head, std::min(heads, size.heads - head), token,
+            std::min(tokens, size.fresh - token), token_major};
+  }
+};
+
+Tiling absorbed_tiling(const Sizes& size) {
+  const Index per_group = size.heads / size.groups;
+  Tiling t{};
+  t.tokens = std::clamp<Index>(kTileRows / per_group, 1, size.fresh);
+  t.heads = per_group > kTileRows ? kTileRows
+                                  : std::min(size.heads, per_group * std::max<Index>(1, kTileRows / (per_group * t.tokens)));
+  t.head_tiles = ceil_div(size.heads, t.heads);
+  t.token_tiles = ceil_div(size.fresh, t.tokens);
+  return t;
+}
+
+Tiling expanded_tiling(const Sizes& size, Index workers) {
+  const Index per_group = size.heads / size.groups;
+  Tiling t{};
+  t.token_major = true;
+  t.heads = per_group;
+  t.head_tiles = size.groups;
+  const Index wanted = ceil_div(2 * workers, size.batch * size.groups);
+  const Index rows = std::clamp(ceil_div(size.fresh, wanted) * per_group, kLeastMacroRows, kMacroRows);
+  t.tokens = std::clamp<Index>(rows / per_group, 1, size.fresh);
+  t.token_tiles = ceil_div(size.fresh, t.tokens);
+  return t;
+}
+
+struct Range {
+  Index begin, end;
+};
+
+// Rows of the cache that some query of the tile sees, hidden ones in their midst aside.
+template <class T>
+Range seen_by(const Problem<T>& p, const Tile& tile) {
+  const Sizes& size = p.size;
+  const Index row = size.total - size.fresh + tile.token;
+  Range seen = {size.window > 0 ? std::max<Index>(0, row - size.window + 1) : 0,
+                size.causal ? row + tile.tokens : size.total};
+  if (p.first_kept) seen.begin = std::max(seen.begin, p.first_kept[tile.batch]);
+  seen.begin = std::min(seen.begin, seen.end);
+  return seen;
+}
+
+// The i-th of `count` nearly equal parts, cut at whole chunks.
+Range part_of(const Range& all, Index i, Index count) {
+  const Index step = ceil_div(ceil_div(all.end - all.begin, count), kChunk) * kChunk;
+  return {std::min(all.end, all.begin + i * step), std::min(all.end, all.begin + (i + 1) * step)};
+}
+
+template <class T>
+void run_expanded(const Problem<T>& p, const Kernels<T>& kernels, const Threads& threads) {
+  const Tiling tiling = expanded_tiling(p.size, threads.workers);
+  const Index rows = tiling.heads * tiling.tokens, value_width = padded(p.size.value_dim);
+  struct Room {
+    Queries<T> queries;
+    ExpandScratch expand;
+    Partial partial;
+    FinishScratch finish;
+  };
+  const auto lay = [&](Carver& carver) {
+    Room room{};
+    room.queries = lay_queries(p, rows, true, carver);
+    room.expand = lay_expand(p, room.queries.width, carver);
+    room.partial = lay_partial(rows, value_width, carver);
+    room.finish = lay_finish(p, rows, value_width, carver);
+    return room;
+  };
+  const std::size_t bytes = bytes_of(lay);
+  parallel(threads, tiling.count(p.size), [&](Index i) {
+    const Lease lease(bytes);
+    Carver carver(lease.data());
+    const Room room = lay(carver);
+    const Tile tile = tiling.at(p.size, i);
+    kernels.prepare(p, tile, true, room.queries);
+    kernels.expand(p, tile, room.queries, room.expand, room.partial);
+    kernels.finish(p, tile, &room.partial, 1, room.finish);
+  });
+}
+
+// Every tile by itself, from its queries to its context: where there are tiles enough for all threads.
+template <class T>
+void run_absorbed_whole(const Problem<T>& p, const Kernels<T>& kernels, const Tiling& tiling, const Threads& threads) {
+  const Index rows = tiling.heads * tiling.tokens, value_width = padded(p.size.value_rank);
+  struct Room {
+    Queries<T> queries;
+    AbsorbScratch absorb;
+    Partial partial;
+    FinishScratch finish;
+  };
+  const auto lay = [&](Carver& carver) {
+    Room room{};
+    room.queries = lay_queries(p, rows, false, carver);
+    room.absorb = lay_absorb(p, rows, carver);
+    room.partial = lay_partial(rows, value_width, carver);
+    room.finish = lay_finish(p, rows, value_width, carver);
+    return room;
+  };
+  const std::size_t bytes = bytes_of(lay);
+  parallel(threads, tiling.count(p.size), [&](Index i) {
+    const Lease lease(bytes);
+    Carver carver(lease.data());
+    const Room room = lay(carver);
+    const Tile tile = tiling.at(p.size, i);
+    const Range seen = seen_by(p, tile);
+    kernels.prepare(p, tile, false, room.queries);
+    kernels.absorb(p, tile, room.queries, seen.begin, seen.end, room.absorb, room.partial);
+    kernels.finish(p, tile, &room.partial, 1, room.finish);
+  });
+}
+
+// Few tiles: each meets the cache in `parts` parts, which are joined afterwards.
+template <class T>
+void run_absorbed_parts(const Problem<T>& p, const Kernels<T>& kernels, const Tiling& tiling, Index parts,
+                        const Threads& threads) {
+  const Index rows = tiling.heads * tiling.tokens, value_width = padded(p.size.value_rank);
+  const Index tiles = tiling.count(p.size);
+  struct Shared {
+    Queries<T>* queries;
+    Partial* partial;
+  };
+  const auto lay_shared = [&](Carver& carver) {
+    Shared shared = {carver.take<Queries<T>>(tiles), carver.take<Partial>(tiles * parts)};
+    const bool counting = shared.queries == nullptr;
+    for (Index i = 0; i < tiles; ++i) {
+      const Queries<T> queries = lay_queries(p, rows, false, carver);
+      if (!counting) shared.queries[i] = queries;
+    }
+    for (Index i = 0; i < tiles * parts; ++i) {
+      const Partial partial = lay_partial(rows, value_width, carver);
+      if (!counting) shared.partial[i] = partial;
+    }
+    return shared;
+  };
+  const Lease lease(bytes_of(lay_shared));
+  Carver carver(lease.data());
+  const Shared shared = lay_shared(carver);
+  parallel(threads, tiles,
+           [&](Index i) { kernels.prepare(p, tiling.at(p.size, i), false, shared.queries[i]); });
+  const auto lay_own = [&](Carver& own) { return lay_absorb(p, rows, own); };
+  const std::size_t bytes = bytes_of(lay_own);
+  parallel(threads, tiles * parts, [&](Index i) {
+    const Lease room(bytes);
+    Carver own(room.data());
+    const AbsorbScratch scratch = lay_own(own);
+    const Tile tile = tiling.at(p.size, i / parts);
+    const Range part = part_of(seen_by(p, tile), i % parts, parts);
+    kernels.absorb(p, tile, shared.queries[i / parts], part.begin, part.end, scratch, shared.partial[i]);
+  });
+  const auto lay_last = [&](Carver& own) { return lay_finish(p, rows, value_width, own); };
+  const std::size_t last = bytes_of(lay_last);
+  parallel(threads, tiles, [&](Index i) {
+    const Lease room(last);
+    Carver own(room.data());
+    const FinishScratch scratch = lay_last(own);
+    kernels.finish(p, tiling.at(p.size, i), shared.partial + i * parts, parts, scratch);
+  });
+}
+
+template <class T>
+void run_absorbed(const Problem<T>& p, const Kernels<T>& kernels, const Threads& threads) {
+  const Tiling tiling = absorbed_tiling(p.size);
+  const Index wanted = ceil_div(2 * threads.workers, tiling.count(p.size));
+  const Index keys = p.size.window > 0 ? std::min(p.size.total, p.size.window + tiling.tokens) : p.size.total;
+  const Index parts = threads.workers > 1 ? std::clamp<Index>(keys / kLeastKeys, 1, wanted) : 1;
+  if (parts == 1) return run_absorbed_whole(p, kernels, tiling, threads);
+  run_absorbed_parts(p, kernels, tiling, parts, threads);
+}
+
+}  // namespace
+
+Form form_from_environment() {
+  const char* form = std::getenv("MLA_PASS_FORM");
+  if (form == nullptr || *form == '\0') return Form::counted;
+  if (std::strcmp(form, "absorbed") == 0) return Form::absorbed;
+  if (std::strcmp(form, "expanded") == 0) return Form::expanded;
+  throw Refused(std::string("the environment variable MLA_PASS_FORM is '") + form +
+                "'; expected absorbed, expanded or nothing");
+}
+
+std::uint64_t copied_bytes() { return copied.load(std::memory_order_relaxed); }
+
+template <class T>
+void run(const Layout& layout, const Sizes& size, const Inputs& inputs, const Outputs& outputs, const Isa& isa,
+         Form form, const Threads& threads) {
+  const auto lay = [&](Carver& carver) { return lay_common(size, carver); };
+  const Lease lease(bytes_of(lay));
+  Carver carver(lease.data());
+  const Problem<T> p = make_problem<T>(layout, size, inputs, outputs, lay(carver));
+  carry_over<T>(size, inputs[kPastLatent], outputs.present_latent, size.rank, threads);
+  carry_over<T>(size, inputs[kPastRope], outputs.present_rope, size.rope_dim, threads);
+  store_rows(p, inputs[kRow].as<T>(), outputs, threads);
+  const Index from = expand_from(layout, size, p.key_up != nullptr, p.value_up != nullptr);
+  const bool expanded = form == Form::counted ? size.fresh >= from : form == Form::expanded;
+  if (expanded) return run_expanded(p, kernels_of<T>(isa), threads);
+  run_absorbed(p, kernels_of<T>(isa), threads);
+}
+
+template void run<float>(const Layout&, const Sizes&, const Inputs&, const Outputs&, const Isa&, Form, const Threads&);
+template void run<Half>(const Layout&, const Sizes&, const Inputs&, const Outputs&, const Isa&, Form, const Threads&);
+template void run<Bfloat>(const Layout&, const Sizes&, const Inputs&, const Outputs&, const Isa&, Form, const Threads&);
+
+}  // namespace mla_pass

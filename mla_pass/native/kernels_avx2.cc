@@ -1,0 +1,10 @@
+#define MLA_PASS_ISA avx2
+#include "vec_avx2.h"
+#include "kernels.h"
+
+namespace mla_pass {
+
+extern const Isa isa_avx2;
+const Isa isa_avx2 = {"avx2", avx2::kernels_of<float>(), avx2::kernels_of<Half>(), avx2::kernels_of<Bfloat>()};
+
+}  // namespace mla_pass

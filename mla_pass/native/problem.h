@@ -1,0 +1,173 @@
+// What one execution of LatentAttention is, as plain data.
+//
+// This header is read by translation units compiled for different instruction sets, so it holds no function: an inline
+// function would be emitted by each of them and the linker would keep any one, perhaps one this processor cannot run.
+//
+// Letters as in mla_pass/onnx/body.py: B batch, S new tokens, T total; H heads, G kv groups, D head size, V value head
+// size; r rank, p rope dims, k key_rank, w = r - value_offset, n un-rotated dims of which m pairs turn in bands.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mla_pass {
+
+using Index = std::ptrdiff_t;
+
+struct Half {
+  std::uint16_t bits;
+};
+
+struct Bfloat {
+  std::uint16_t bits;
+};
+
+// A run of band pairs [begin, end) that turn in blocks of `block` rows.
+struct Level {
+  Index block;
+  Index begin;
+  Index end;
+};
+
+constexpr Index kMaxLevels = 16;
+// Floats in the widest vector; rows of scratch matrices are padded to it, so that whole vectors can be stored.
+constexpr Index kPad = 16;
+// Cached rows that are scored, weighed and summed at a time: at r + p = 576 they are 147 KB in float32, which stays in
+// a second-level cache between its two readings. A multiple of kPad.
+constexpr Index kChunk = 64;
+
+struct Sizes {
+  Index batch, fresh, total;
+  Index heads, groups;
+  Index rank, key_rank, value_offset, value_rank, rope_dim, nope_dim;
+  Index query_dim;  // numbers a head of the query input has: D, or n + p without query_map
+  Index value_dim;  // numbers a head of the context has: V, or w without value_up
+  Index pairs, orders, levels;
+  Index capacity;       // rows of the present tensors
+  Index angles;         // columns of the cosine and sine tables
+  Index bias_batch;     // elements between sequences of attention_bias, 0 where all share one
+  Index bias_head;      // the same between heads
+  Index position_step;  // elements between sequences of position_ids, 0 where all share one
+  Index window;         // 0: none
+  bool causal;
+  float scale, softcap;
+};
+
+// Pointers to row-major tensors; null where an optional input is absent. The presents already hold the new rows when
+// a kernel reads them.
+template <class T>
+struct Problem {
+  Sizes size;
+  Level level[kMaxLevels];
+  const Index* rope_index;
+  const Index* band_index;
+  const float* fit;  // [2][m][2]: the complex fits A0 and A1 of every band pair, see body.py
+  const T* query;
+  const T* latent;
+  const T* rope;
+  const float* cos;
+  const float* sin;
+  const std::int64_t* position_ids;
+  const std::int64_t* padding_mask;
+  const Index* first_kept;  // [B]: rows before it are all hidden by the padding mask
+  const T* attention_bias;
+  const T* query_map;
+  const T* key_up;
+  const float* key_mean;
+  const T* value_up;
+  T* context;
+};
+
+// Queries that meet the cache together: some heads of some new tokens of one sequence, each one row of a matrix.
+// Row of (head, token): head-major, head * tokens + token, or token-major, token * heads + head, both from zero.
+struct Tile {
+  Index batch;
+  Index head, heads;
+  Index token, tokens;
+  bool token_major;
+};
+
+// Rows [first, end) of the cache that a query sees, padding aside; where its bias starts, or null.
+template <class T>
+struct Sight {
+  Index first, end;
+  const T* bias;
+};
+
+// The queries of a tile, ready to meet keys.
+template <class T>
+struct Queries {
+  float* dims;  // [rows][width]: n un-rotated dims, then p rotated rope dims
+  Index width;
+  float* raw;  // [rows][raw_width]: the query as it came, where query_map is given
+  Index raw_width;
+  Sight<T>* sight;    // [rows]
+  float* still;       // [rows][key_width]: latent queries of all that no band turns (absorbed form)
+  float* still_mean;  // [rows]: what the keys' mean adds to their scores
+  Index key_width;    // k padded
+};
+
+// Attention over part of the cache, not yet divided by the sum: a tile may meet the cache in several parts.
+struct Partial {
+  float* sum;  // [rows][value_width]
+  float* top;  // [rows]: largest score met, -inf for none
+  float* mass;  // [rows]: sum of exp(score - top)
+  Index value_width;
+};
+
+// Room for one thread in the absorbed form.
+struct AbsorbScratch {
+  float* query[kMaxLevels];  // [orders][rows][key_width]: latent queries of the level's present block
+  float* mean[kMaxLevels];   // [orders][rows]
+  float* turned;             // [orders][rows][2 * pairs of the widest level]
+  float* turn;               // [orders][2][pairs of the widest level]
+  float* scores;             // [rows][kChunk + kPad]
+  float* slopes;             // the same, for the order that follows the offset
+  float* latent;             // [kChunk][rank_width], unused where the cache holds float32
+  float* rope;               // [kChunk][rope_width]
+  Index rank_width, rope_width;
+};
+
+// Room for one thread in the expanded form.
+struct ExpandScratch {
+  float* key_up;  // [n][key_width] of one group
+  float* latent;  // [kChunk][rank_width]
+  float* keys;    // [kChunk][width]: decoded, turned, with the rope part behind them
+  float* values;  // [kChunk][value_width]
+  float* factor;  // [4][m]
+  float* scores;  // [query rows at a time][kChunk + kPad]
+  Index rank_width, key_width;
+};
+
+// Room for finishing a tile.
+struct FinishScratch {
+  float* sum;  // [rows][value_width]
+  float* out;  // [rows][out_width]
+  Index out_width;
+};
+
+// Query rows that meet a chunk of keys at a time in the expanded form.
+constexpr Index kQueryRows = 32;
+
+// The work that is written once and compiled for every instruction set.
+template <class T>
+struct Kernels {
+  // Map, split and rotate a tile's queries. `expanded`: bands turn to their own rows and nothing is absorbed.
+  void (*prepare)(const Problem<T>&, const Tile&, bool expanded, const Queries<T>&);
+  // Meet rows [begin, end) of the cache, latents as they are.
+  void (*absorb)(const Problem<T>&, const Tile&, const Queries<T>&, Index begin, Index end, const AbsorbScratch&,
+                 const Partial&);
+  // Join the parts of a tile, decode the values, write the context.
+  void (*finish)(const Problem<T>&, const Tile&, const Partial* parts, Index count, const FinishScratch&);
+  // Meet the whole cache, keys and values decoded chunk by chunk. The tile lies within one kv group.
+  void (*expand)(const Problem<T>&, const Tile&, const Queries<T>&, const ExpandScratch&, const Partial&);
+};
+
+struct Isa {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<Half> f16;
+  Kernels<Bfloat> bf16;
+};
+
+}  // namespace mla_pass

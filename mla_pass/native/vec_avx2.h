@@ -1,0 +1,108 @@
+// Eight floats: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "problem.h"
+
+namespace mla_pass::MLA_PASS_ISA {
+
+struct Vec {
+  static constexpr Index width = 8;
+  __m256 x;
+};
+
+// Of 16 registers: 3 x 4 accumulators, 3 queries, 1 key; and 6 x 2 accumulators, 2 columns, 1 weight.
+constexpr Index kDotRows = 3;
+constexpr Index kSumRows = 6;
+
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) { return _cvtsh_ss(x.bits); }
+
+inline float to_float(Bfloat x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+
+// Round to nearest, ties to even; a NaN stays one.
+inline void narrow(float x, Bfloat* out) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline void narrow(float x, Half* out) { out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline Vec widened(__m128i bits, Half) { return {_mm256_cvtph_ps(bits)}; }
+
+inline Vec widened(__m128i bits, Bfloat) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+
+inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec zero() { return {_mm256_setzero_ps()}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+
+template <class T>
+inline Vec load(const T* p) {
+  return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+}
+
+inline Vec load_first(const float* p, Index count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane))};
+}
+
+template <class T>
+inline Vec load_first(const T* p, Index count) {
+  T few[8] = {};
+  for (Index i = 0; i < count; ++i) few[i] = p[i];
+  return load(few);
+}
+
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.x, b.x)}; }
+
+// 0 where x < limit, else a: a NaN stays one.
+inline Vec unless_below(Vec x, Vec limit, Vec a) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.x, limit.x, _CMP_NLT_UQ), a.x)};
+}
+
+inline Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+// 2^n of whole numbers n in [-126, 127].
+inline Vec power_of_two(Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.x), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+
+inline float sum(Vec a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline float largest(Vec a) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+// Sums of four vectors, to out[0..3].
+inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.x, b.x), _mm256_hadd_ps(c.x, d.x));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+}  // namespace mla_pass::MLA_PASS_ISA

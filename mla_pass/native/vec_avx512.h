@@ -1,0 +1,97 @@
+// Sixteen floats: AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "problem.h"
+
+namespace mla_pass::MLA_PASS_ISA {
+
+struct Vec {
+  static constexpr Index width = 16;
+  __m512 x;
+};
+
+// Of 32 registers: 6 x 4 accumulators, 6 queries, 1 key; and 8 x 2 accumulators, 2 columns, 1 weight.
+constexpr Index kDotRows = 6;
+constexpr Index kSumRows = 8;
+
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) { return _cvtsh_ss(x.bits); }
+
+inline float to_float(Bfloat x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+
+// Round to nearest, ties to even; a NaN stays one.
+inline void narrow(float x, Bfloat* out) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline void narrow(float x, Half* out) { out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline Vec widened(__m256i bits, Half) { return {_mm512_cvtph_ps(bits)}; }
+
+inline Vec widened(__m256i bits, Bfloat) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+
+inline __mmask16 first_lanes(Index count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+
+template <class T>
+inline Vec load(const T* p) {
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+
+inline Vec load_first(const float* p, Index count) { return {_mm512_maskz_loadu_ps(first_lanes(count), p)}; }
+
+template <class T>
+inline Vec load_first(const T* p, Index count) {
+  return widened(_mm256_maskz_loadu_epi16(first_lanes(count), p), T{});
+}
+
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
+
+// 0 where x < limit, else a: a NaN stays one.
+inline Vec unless_below(Vec x, Vec limit, Vec a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.x, limit.x, _CMP_NLT_UQ), a.x)};
+}
+
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+// 2^n of whole numbers n in [-126, 127].
+inline Vec power_of_two(Vec n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.x)}; }
+
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.x); }
+
+inline __m256 halves(Vec a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_extractf32x8_ps(a.x, 1));
+}
+
+// Sums of four vectors, to out[0..3].
+inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+}  // namespace mla_pass::MLA_PASS_ISA
