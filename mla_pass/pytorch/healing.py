@@ -25,7 +25,7 @@ class HealConfig:
     """Length of the sequences the text is cut into."""
     batch: int = 2
     """Sequences a step."""
-    lr: float = 0.02
+    lr: float = 0.005
     """Size of a step relative to the weight that takes it, where the loss is 1 nat; smaller losses take steps smaller
     by their root, and over the run all falls to zero."""
     seed: int = 0
