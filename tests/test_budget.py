@@ -51,6 +51,16 @@ def test_the_order_of_layers_does_not_matter() -> None:
     assert pour([curves[i] for i in order], [6] * 5) == [sizes[i] for i in order]
 
 
+def test_what_no_step_of_the_hull_fits_is_still_spent() -> None:
+    # The hull goes from the first point straight to the last, which is too wide: the points between do what they can.
+    assert pour([curve(np.array([9.0, 8.0, 7.0, 0.0]))], [6]) == [(6, 0)]
+
+
+def test_no_layer_is_starved() -> None:
+    rich, poor = (curve(scale * np.exp(-np.arange(30) / 9)) for scale in (1.0, 1e-9))
+    assert pour([rich, poor], [20, 20]) == [(36, 0), (4, 0)]  # a fifth of an even row is everyone's
+
+
 def test_hull_is_convex_and_below_the_curve() -> None:
     bumpy = curve(np.array([9.0, 8.9, 5.0, 4.9, 4.95, 1.0, 0.9]))
     kept = hull(bumpy)
