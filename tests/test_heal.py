@@ -392,7 +392,7 @@ def test_whitened_steps_go_straight_where_gradients_do_not() -> None:
     # A quadratic loss whose two sides are felt a thousandfold unevenly: its gradient hardly shows the flat directions.
     torch.manual_seed(0)
     left, right = (torch.diag(torch.logspace(0, -1.5, 8, dtype=torch.float64)) for _ in range(2))
-    aim, scale = torch.randn(8, 8, dtype=torch.float64), 300
+    aim, steps = torch.randn(8, 8, dtype=torch.float64), 300
     weight = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
     plain = weight.detach().clone().requires_grad_(True)
     optimizer = Optimizer({"w": weight})
@@ -401,12 +401,12 @@ def test_whitened_steps_go_straight_where_gradients_do_not() -> None:
         noise = 0.1 * torch.randn(8, 8, dtype=torch.float64)  # a batch's own idea of where to go
         return 0.5 * (left @ (w - aim + noise) @ right).square().sum()
 
-    for i in range(scale):
+    for i in range(steps):
         loss(weight).backward()
-        optimizer.step(0.05 * (1 - i / scale))
+        optimizer.step(0.05 * (1 - i / steps))
         (gradient,) = torch.autograd.grad(loss(plain), plain)
         with torch.no_grad():
-            plain -= (1 - i / scale) * gradient  # the longest steps that the steepest direction allows
+            plain -= (1 - i / steps) * gradient  # the longest steps that the steepest direction allows
     ours, theirs = ((w.detach() - aim).square().mean() for w in (weight, plain))
     assert ours < 0.25 * theirs
 

@@ -48,6 +48,13 @@ def test_a_text_given_is_joined_by_the_models_own() -> None:
     assert alone.written == 0 and (alone.seen == 5).all() and (alone.held_out == 5).all()
 
 
+def test_a_bfloat16_model_is_told_to_be_calibrated_on_the_text_alone() -> None:
+    config = MlaConfig(calibrate_tokens=800, calibrate_context=40, metric="output", metric_mix=0.1)
+    found = convert(exported("llama", 18, "bfloat16"), config, calibrate=np.random.default_rng(0).integers(3, 97, 4000))
+    assert found.calibration.written == 0
+    assert any("Calibrated on the given text alone" in note for note in found.report.notes)
+
+
 def test_a_model_that_cannot_write_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def mute(*arguments: object, **options: object) -> None:
         raise MlaPassError("no words")

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "problem.h"
+#include "numbers_f16c.h"
 
 namespace mla_pass::MLA_PASS_ISA {
 
@@ -15,28 +15,6 @@ struct Vec {
 // Of 16 registers: 3 x 4 accumulators, 3 queries, 1 key; and 6 x 2 accumulators, 2 columns, 1 weight.
 constexpr Index kDotRows = 3;
 constexpr Index kSumRows = 6;
-
-inline float to_float(float x) { return x; }
-inline float to_float(Half x) { return _cvtsh_ss(x.bits); }
-
-inline float to_float(Bfloat x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-inline void narrow(float x, float* out) { *out = x; }
-
-// Round to nearest, ties to even; a NaN stays one.
-inline void narrow(float x, Bfloat* out) {
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
-}
-
-inline void narrow(float x, Half* out) { out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 inline Vec widened(__m128i bits, Half) { return {_mm256_cvtph_ps(bits)}; }
 

@@ -1,7 +1,7 @@
 // Four floats in the compiler's own vector type: SSE2 on x86-64, NEON on AArch64, scalar code elsewhere.
 #pragma once
 
-#include "problem.h"
+#include "numbers.h"
 
 namespace mla_pass::MLA_PASS_ISA {
 
@@ -17,15 +17,6 @@ struct Vec {
 constexpr Index kDotRows = 3;
 constexpr Index kSumRows = 4;
 
-inline float to_float(float x) { return x; }
-
-inline float to_float(Bfloat x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
 // Exact, subnormals included: the magnitude's bits, moved to where float32 has them, are off by 2^112, and one
 // product puts that right.
 inline float to_float(Half x) {
@@ -40,16 +31,6 @@ inline float to_float(Half x) {
   bits |= sign;
   __builtin_memcpy(&out, &bits, sizeof out);
   return out;
-}
-
-inline void narrow(float x, float* out) { *out = x; }
-
-// Round to nearest, ties to even; a NaN stays one.
-inline void narrow(float x, Bfloat* out) {
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
 }
 
 // Round to nearest, ties to even. Adding a power of two whose last place is a half's last place at that size rounds in

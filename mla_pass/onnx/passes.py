@@ -53,6 +53,7 @@ class MlaPass(ir.passes.InPlacePass):
         self.config, self.token_ids, self.origin, self.written = config, token_ids, origin, written
         self.progress: Progress = progress or (lambda stage, done, total: None)
         self.calibration = calibration
+        self.notes: list[str] = []
         self.settled: MlaConfig | None = None
         self.report: Report | None = None
 
@@ -70,7 +71,7 @@ class MlaPass(ir.passes.InPlacePass):
             layer_report(c.site, c.weights, c.absorption, output_error(c.site, statistics, c.weights))
             for c, statistics in zip(conversions, self.calibration.sites, strict=True)
         ]
-        notes += [*settled.notes, *doubts(self.calibration, sites)]
+        notes += [*self.notes, *settled.notes, *doubts(self.calibration, sites)]
         if settled.excess is not None:
             count, length = self.calibration.held_out.shape
             own = f", {self.calibration.written} of them written by the model" if self.calibration.written else ""
@@ -110,8 +111,12 @@ class MlaPass(ir.passes.InPlacePass):
         metric = chosen_metric(self.config)
         self.progress("getting calibration text", 0, 1)
         # ONNX Runtime's CPU has no bfloat16 arithmetic to write with.
-        writes = self.written is not None and sites[0].dtype != "bfloat16"
-        windows, own = self.windows(tokens_needed(sites), self.config.calibrate_self if writes else 0.0)
+        mute = sites[0].dtype == "bfloat16"
+        if mute and self.written is not None and self.config.calibrate_self > 0:
+            self.notes.append(
+                "Calibrated on the given text alone: ONNX Runtime's CPU cannot run bfloat16 to write more."
+            )
+        windows, own = self.windows(tokens_needed(sites), 0.0 if mute else self.config.calibrate_self)
         self.progress("getting calibration text", 1, 1)
 
         def progress(done: int, total: int) -> None:

@@ -1,0 +1,27 @@
+// Single numbers to float32 and back, where no instruction set has a better way. Included by the vectors: see problem.h.
+#pragma once
+
+#include "problem.h"
+
+namespace mla_pass::MLA_PASS_ISA {
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(Bfloat x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+
+// Round to nearest, ties to even; a NaN stays one.
+inline void narrow(float x, Bfloat* out) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
+}
+
+}  // namespace mla_pass::MLA_PASS_ISA
