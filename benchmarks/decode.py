@@ -1,17 +1,19 @@
 """Decoding one token: the fused LatentAttention against ONNX Runtime's GroupQueryAttention, in one run.
 
     python benchmarks/decode.py                       # every rank, S = 4096, one thread
-    python benchmarks/decode.py --rows 4096 32768 --threads 1 2 --dtypes float32 float16
+    python benchmarks/decode.py --rows 4096 32768 --threads 1 2 --dtypes float32 float16 --stored same int8
 
-H = 32 query heads, G = 8 kv heads of D = 128; latents of r numbers and 64 rope dims. Both attend over the same number
-of cached rows in a shared buffer bound in place. Times are medians; with one thread of the process's CPU time, which
+H = 32 query heads, G = 8 kv heads of D = 128; latents of r numbers and 64 rope dims, stored in the model's type or in
+fewer bits. Both attend over the same number of cached rows in a shared buffer bound in place, which lies as ONNX
+Runtime lays it. Times are medians; with one thread of the process's CPU time, which
 other programs on the machine do not lengthen, with more of the wall clock. Beside them stand what this machine can do,
-measured here: multiply-adds in registers, and reading memory.
+measured here: multiply-adds in registers, in turns with the calls, and reading memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import statistics
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -29,9 +32,11 @@ from onnx import TensorProto, helper
 
 from mla_pass import native
 from mla_pass.onnx.body import INPUTS
+from mla_pass.storage import encoded, row_format
 
 H, G, D, ROPE, NOPE = 32, 8, 128, 64, 64
 TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
+CACHED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ROOT = Path(__file__).parents[1]
 
 
@@ -46,7 +51,7 @@ def bound_session(model: onnx.ModelProto, feeds: dict[str, np.ndarray], shared: 
     options.register_custom_ops_library(native.library_path())
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    values = {i.name: ort.OrtValue.ortvalue_from_numpy(feeds[i.name]) for i in session.get_inputs()}
+    values = {i.name: own_value(feeds[i.name]) for i in session.get_inputs()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     outputs = {output: values[name] for name, output in shared.items()}
@@ -58,28 +63,40 @@ def bound_session(model: onnx.ModelProto, feeds: dict[str, np.ndarray], shared: 
     return lambda: session.run_with_iobinding(binding)
 
 
-def node_model(node: onnx.NodeProto, feeds: dict[str, np.ndarray], outputs: dict[str, int], kind: int):
+def own_value(array: np.ndarray) -> ort.OrtValue:
+    """A copy in memory that ONNX Runtime allocated: its vectors do not straddle cache lines, as numpy's may."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), kind, "cpu")
+    ctypes.memmove(value.data_ptr(), np.ascontiguousarray(array).ctypes.data, array.nbytes)
+    return value
+
+
+def node_model(node: onnx.NodeProto, feeds: dict[str, np.ndarray], outputs: dict[str, tuple[int, int]]):
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
         for name, x in feeds.items()
     ]
-    made = [helper.make_tensor_value_info(name, kind, [None] * rank) for name, rank in outputs.items()]
+    made = [helper.make_tensor_value_info(name, kind, [None] * rank) for name, (kind, rank) in outputs.items()]
     graph = helper.make_graph([node], "decode", inputs, made)
     domains = [helper.make_opsetid(name, 1) for name in ("mla_pass", "com.microsoft")]
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), *domains], ir_version=10)
 
 
-def latent(rank: int, rows: int, dtype: str, threads: int) -> Callable[[], None]:
+def latent(rank: int, rows: int, dtype: str, stored: str, threads: int) -> Callable[[], None]:
     """Absorbed latent attention without bands: query map and up-projections folded away, as absorb='auto' does it."""
     kind, numpy = TYPES[dtype]
     rng = np.random.default_rng(0)
     draw = lambda *shape: (0.1 * rng.standard_normal(shape, dtype=np.float32)).astype(numpy)  # noqa: E731
     angle = np.outer(np.arange(rows), 1e4 ** (-np.arange(ROPE // 2) / (ROPE // 2))).astype(np.float32)
     feeds = {
-        "query": draw(1, 1, H * (rank + ROPE)), "row": draw(1, 1, rank + ROPE), "past_latent": draw(1, 1, rows, rank),
-        "past_rope": draw(1, 1, rows, ROPE), "cos": np.cos(angle), "sin": np.sin(angle),
+        "query": draw(1, 1, H * (rank + ROPE)), "row": draw(1, 1, rank + ROPE),
+        "cos": np.cos(angle), "sin": np.sin(angle),
         "position_ids": np.array([[rows - 1]]), "total_length": np.array([rows]),
     }  # fmt: skip
+    row = row_format(dtype, stored, "auto")
+    for name, width, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
+        past = draw(1, 1, rows, width)
+        feeds[name] = encoded(past) if as_stored == "int8" else past.astype(CACHED[as_stored])
     attributes = {
         "num_heads": H, "kv_groups": G, "rank": rank, "key_rank": rank, "value_offset": 0, "rope_dim": ROPE,
         "nope_dim": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
@@ -93,7 +110,9 @@ def latent(rank: int, rows: int, dtype: str, threads: int) -> Callable[[], None]
         ("band_index", kinds.INTS), ("band_block", kinds.INTS), ("band_a0", kinds.FLOATS), ("band_a1", kinds.FLOATS)
     ]:  # fmt: skip
         node.attribute.append(helper.make_attribute(name, [], attr_type=list_type))
-    model = node_model(node, feeds, {"context": 3, "latent": 4, "rope": 4}, kind)
+    kinds_of = [helper.np_dtype_to_tensor_dtype(feeds[f"past_{name}"].dtype) for name in outputs[1:]]
+    shapes = {"context": (kind, 3), "latent": (kinds_of[0], 4), "rope": (kinds_of[1], 4)}
+    model = node_model(node, {name: feeds[name] for name in given}, shapes)
     return bound_session(model, feeds, {"past_latent": "latent", "past_rope": "rope"}, threads)
 
 
@@ -111,13 +130,17 @@ def grouped(rows: int, dtype: str, threads: int) -> Callable[[], None]:
         "GroupQueryAttention", list(feeds), ["context", "present_key", "present_value"], domain="com.microsoft",
         num_heads=H, kv_num_heads=G, scale=D**-0.5,
     )  # fmt: skip
-    model = node_model(node, feeds, {"context": 3, "present_key": 4, "present_value": 4}, kind)
+    model = node_model(node, feeds, {"context": (kind, 3), "present_key": (kind, 4), "present_value": (kind, 4)})
     return bound_session(model, feeds, {"past_key": "present_key", "past_value": "present_value"}, threads)
 
 
-def medians(calls: dict[str, Callable[[], None]], threads: int, repeats: int) -> dict[str, float]:
-    """Seconds a call, the calls taking turns."""
-    now, taken = clock(threads), {name: [] for name in calls}
+def medians(
+    calls: dict[str, Callable[[], None]], ceiling: Callable[[], float], threads: int, repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
+    """Seconds a call, the calls taking turns, and the multiply-adds a second that `ceiling` finds beside each."""
+    now = clock(threads)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    most: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
@@ -125,17 +148,20 @@ def medians(calls: dict[str, Callable[[], None]], threads: int, repeats: int) ->
             start = now()
             call()
             taken[name].append(now() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+            most[name].append(ceiling())
+    return tuple({name: statistics.median(found) for name, found in each.items()} for each in (taken, most))
 
 
-def ceilings() -> tuple[float, float]:
-    """Multiply-adds a second in registers and bytes a second read from memory, one thread, by a compiled loop."""
+def ceilings() -> ctypes.CDLL:
+    """Compiled loops that tell multiply-adds a second in registers and bytes a second read from memory, one thread."""
     source = ROOT / "benchmarks" / "ceilings.cc"
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "ceilings")
-        subprocess.run(["c++", "-O3", "-march=native", "-std=c++17", source, "-o", program], check=True)
-        fma, read = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
-    return float(fma), float(read)
+        library = Path(folder, "ceilings.so")
+        command = ["c++", "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", source, "-o", library]
+        subprocess.run(command, check=True)
+        loaded = ctypes.CDLL(str(library))
+    loaded.multiply_adds.restype = loaded.bytes_read.restype = ctypes.c_double
+    return loaded
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -144,27 +170,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4096])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["float32"])
+    parser.add_argument("--stored", nargs="+", choices=("same", "float16", "bfloat16", "int8"), default=["same"])
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(arguments)
-    fma, read = ceilings()
+    loops = ceilings()
     isa = os.environ.get("MLA_PASS_ISA") or native.instruction_sets()[0]
     print(f"{platform.processor() or platform.machine()}, {isa}, onnxruntime {ort.__version__}")
-    print(f"one thread: {2 * fma / 1e9:.1f} GFLOP/s float32 in registers, {read / 1e9:.1f} GB/s read from memory\n")
+    print(f"one thread reads {loops.bytes_read() / 1e9:.1f} GB/s from memory\n")
     print("| rows | threads | type | attention | ms | faster than GQA | GFLOP/s | of FMA ceiling | cache GB/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rows in args.rows:
         for threads in args.threads:
             for dtype in args.dtypes:
                 calls = {"GQA": grouped(rows, dtype, threads)}
-                calls |= {f"r = {rank}": latent(rank, rows, dtype, threads) for rank in args.ranks}
-                for name, seconds in (times := medians(calls, threads, args.repeats)).items():
-                    rank = 0 if name == "GQA" else int(name.split()[-1])
+                sizes = {"GQA": (0, row_format(dtype, "same", "auto").full_bytes(2 * G * D))}
+                for rank in args.ranks:
+                    for stored in args.stored:
+                        name = f"r = {rank}" + ("" if stored == "same" else f", {stored}")
+                        calls[name] = latent(rank, rows, dtype, stored, threads)
+                        sizes[name] = rank, row_format(dtype, stored, "auto").bytes(rank, ROPE)
+                times, most = medians(calls, loops.multiply_adds, threads, args.repeats)
+                for name, seconds in times.items():
+                    rank, size = sizes[name][0], rows * sizes[name][1]
                     fmas = rows * H * (2 * rank + ROPE if rank else 2 * D)
-                    size = rows * (rank + ROPE if rank else 2 * G * D) * np.dtype(TYPES[dtype][1]).itemsize
                     print(
                         f"| {rows} | {threads} | {dtype} | {name} | {seconds * 1e3:.2f} | "
                         f"{times['GQA'] / seconds:.2f} | {2 * fmas / seconds / 1e9:.1f} | "
-                        f"{fmas / seconds / (fma * threads):.0%} | {size / seconds / 1e9:.1f} |",
+                        f"{fmas / seconds / (most[name] * threads):.0%} | {size / seconds / 1e9:.1f} |",
                         flush=True,
                     )
 
