@@ -20,6 +20,7 @@ from mla_pass.fold import Geometry, fold, prepare_layouts
 from mla_pass.onnx.choose import recipes
 from mla_pass.site import Rope
 from mla_pass.statistics import SiteStatistics
+from mla_pass.storage import row_format
 
 
 def statistics(width: int, seed: int = 0) -> SiteStatistics:
@@ -54,7 +55,7 @@ def main() -> None:
     start = now = time.perf_counter()
     layouts = prepare_layouts(geometry, seen, recipes(config))
     now = timed(f"{len(layouts)} band layouts", now)
-    (split,) = choose_splits([layouts], config)
+    (split,) = choose_splits([layouts], [row_format("float32", config.cache_dtype, config.rope_dtype)], config)
     now = timed("curve, split, layout", now)
     weights = fold(split.prepared, split.rank, split.rope_dims, split.key_rank)
     now = timed("fold", now)

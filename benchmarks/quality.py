@@ -1,7 +1,8 @@
 """Loss, cache and speed against the budget, on a real model and real text; ours, each ingredient off, and baselines.
 
     python benchmarks/quality.py MODEL --text wiki.test.raw --calibrate calib.txt [--budgets 0.75 0.625 0.5 0.375 0.25]
-        [--ablate 0.5] [--heal 30] [--checkpoint FOLDER --baselines transmla care svd] [--stats FILE] [--json]
+        [--cache-dtypes same int8] [--ablate 0.5] [--heal 30] [--checkpoint FOLDER --baselines transmla care svd]
+        [--stats FILE] [--json]
 
 Protocol: the evaluation text is tokenised from its start without special tokens and cut into windows of `--context`;
 every window is independent, the loss is that of all tokens but the first, the same for the original and the converted
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from mla_pass.onnx.perplexity import Perplexity, paired, perplexity
 from mla_pass.onnx.session import ModelSession
 from mla_pass.onnx.text import load_tokenizer
 from mla_pass.statistics import Calibration
+from mla_pass.storage import CacheDtype
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,10 @@ def main() -> int:
     parser.add_argument("--calibrate-self", type=float, default=mla_pass.MlaConfig.calibrate_self, metavar="SHARE")
     parser.add_argument("--stats", type=Path, help="calibration statistics: read if there, else written")
     parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    parser.add_argument(
+        "--cache-dtypes", nargs="+", default=["same"], choices=get_args(CacheDtype),
+        help="types of the cached latents to try at every budget, which is in bytes",
+    )  # fmt: skip
     parser.add_argument("--ablate", type=float, metavar="BUDGET", help="also each ingredient off, at this budget")
     parser.add_argument("--attention-flops", type=float, default=mla_pass.MlaConfig.attention_flops)
     parser.add_argument("--checkpoint", type=Path, help="Hugging Face folder of the model, for --baselines")
@@ -202,7 +208,10 @@ def main() -> int:
     ours = Ours(arguments)
     rows = [ours.original]
     flops = {"attention_flops": arguments.attention_flops}
-    rows += [ours.row(f"{budget:g}", heal=True, budget=budget, **flops)[0] for budget in arguments.budgets]
+    for budget in arguments.budgets:
+        for dtype in arguments.cache_dtypes:
+            name = f"{budget:g}" if dtype == "same" else f"{budget:g} {dtype}"
+            rows.append(ours.row(name, heal=True, budget=budget, cache_dtype=dtype, **flops)[0])
     rows += ours.healed
     if arguments.ablate is not None:
         row, config = ours.row(f"all at {arguments.ablate:g}", budget=arguments.ablate, **flops)

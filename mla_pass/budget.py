@@ -1,7 +1,7 @@
 """How a cache budget is spent: rank against rope dims in a layer, layer against layer, under an arithmetic limit.
 
-1. Each layer gets a curve: the least predicted loss for every row width, over the rope dims beside the rank.
-2. The budget is poured over the layers where it lowers the loss most a number (water-filling on the curves' convex
+1. Each layer gets a curve: the least predicted loss for every row's bytes, over the rope dims beside the rank.
+2. The budget is poured over the layers where it lowers the loss most a byte (water-filling on the curves' convex
    hulls); or every layer of one shape gets the same (`even`), with the split that serves them best in sum.
 3. Each layer then takes the band layout, and the number of latent columns its keys read, that lose least while the
    absorbed attention costs at most `attention_flops` times what it would cost without block rotation.
@@ -18,6 +18,7 @@ from mla_pass.config import MlaConfig
 from mla_pass.errors import BudgetTooSmall, MlaPassError
 from mla_pass.fold import Geometry, Prepared, key_losses, phase_loss, predicted_loss
 from mla_pass.fold.arithmetic import attention_flops, plain_flops
+from mla_pass.storage import RowFormat
 
 # Rows of real models come in multiples of 16 numbers, as kernels like them; toys are too small for that.
 WIDE = 128
@@ -41,42 +42,50 @@ class Split:
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one layer, for each row width in `rows` [n], ascending: `loss` [n] and the (rank, rope dims) that reach it."""
+    """Of one layer, for the bytes of a row in `rows` [n], ascending: `loss` [n] and the (rank, rope dims) behind it."""
 
     rows: np.ndarray
     loss: np.ndarray
     sizes: tuple[tuple[int, int], ...]
 
 
-def choose_splits(options: Sequence[Sequence[Prepared]], config: MlaConfig) -> list[Split]:
+def choose_splits(
+    options: Sequence[Sequence[Prepared]], formats: Sequence[RowFormat], config: MlaConfig
+) -> list[Split]:  # fmt: skip
     """The split of each layer; `options` are its band layouts, each with everything else equal.
 
     Raises MlaPassError when the budget, or the sizes asked for, cannot hold any split.
     """
-    usual = [representative(layouts, config) for layouts in options]
+    usual = [representative(layouts, row, config) for layouts, row in zip(options, formats, strict=True)]
     geometries = [p.geometry for p in usual]
     if config.rank is not None:
         sizes = [sizes_by_hand(config, geometry) for geometry in geometries]
     elif config.layers == "even":
-        sizes = even_sizes(usual, config)
+        sizes = even_sizes(usual, formats, config)
     else:
-        curves = [layer_curve(p, config) for p in usual]
-        sizes = pour(curves, [int(config.budget * g.width + 1e-9) for g in geometries])
+        curves = [layer_curve(p, row, config) for p, row in zip(usual, formats, strict=True)]
+        sizes = pour(curves, [room(g, row, config) for g, row in zip(geometries, formats, strict=True)])
     return [
         choose_layout(layouts, p, rank, rope, config)
         for layouts, p, (rank, rope) in zip(options, usual, sizes, strict=True)
     ]
 
 
+def room(geometry: Geometry, row: RowFormat, config: MlaConfig) -> int:
+    """Bytes of one row that the budget is for one layer, were all layers to get the same share."""
+    return int(config.budget * row.full_bytes(geometry.width) + 1e-9)
+
+
 # ---- the arithmetic limit
 
 
-def representative(layouts: Sequence[Prepared], config: MlaConfig) -> Prepared:
+def representative(layouts: Sequence[Prepared], row: RowFormat, config: MlaConfig) -> Prepared:
     """The layout that the sizes are chosen with: the best one that half the latent's columns for the keys can pay."""
     geometry = layouts[0].geometry
-    row = max(int(config.budget * geometry.width), 2) if config.rank is None else config.rank
-    rope = min(geometry.rotary_width, 2 * max(1, row // 16))
-    affordable = [p for p in layouts if largest_key_rank(p, row, rope, config) >= row // 2]
+    holds = max(row.rank_within(room(geometry, row, config), 0), 2) if config.rank is None else config.rank
+    rank = min(holds, geometry.width)
+    rope = min(geometry.rotary_width, 2 * max(1, rank // 16))
+    affordable = [p for p in layouts if largest_key_rank(p, rank, rope, config) >= rank // 2]
     return min(affordable or layouts, key=lambda p: phase_loss(p, rope))
 
 
@@ -113,8 +122,8 @@ def choose_layout(
 # ---- one layer
 
 
-def layer_curve(p: Prepared, config: MlaConfig) -> Curve:
-    """The least loss for every row width that the layer could get."""
+def layer_curve(p: Prepared, row: RowFormat, config: MlaConfig) -> Curve:
+    """The least loss for every number of bytes that the layer could get a row."""
     geometry = p.geometry
     candidates = rope_dims_to_try(geometry, config)
     best: dict[int, tuple[float, tuple[int, int]]] = {}
@@ -126,11 +135,11 @@ def layer_curve(p: Prepared, config: MlaConfig) -> Curve:
         if len(ranks) == 0:
             continue
         for rank, loss in zip(ranks.tolist(), predicted_loss(p, rope, ranks).tolist(), strict=True):
-            row = rank + rope
-            if row not in best or loss < best[row][0]:
-                best[row] = loss, (rank, rope)
-    rows = sorted(best)
-    return Curve(np.array(rows), np.array([best[row][0] for row in rows]), tuple(best[row][1] for row in rows))
+            size = row.bytes(rank, rope)
+            if size not in best or loss < best[size][0]:
+                best[size] = loss, (rank, rope)
+    sizes = sorted(best)
+    return Curve(np.array(sizes), np.array([best[size][0] for size in sizes]), tuple(best[size][1] for size in sizes))
 
 
 def rope_dims_to_try(geometry: Geometry, config: MlaConfig) -> list[int]:
@@ -147,7 +156,7 @@ def rope_dims_to_try(geometry: Geometry, config: MlaConfig) -> list[int]:
 
 
 def hull(curve: Curve) -> list[int]:
-    """Indices of the curve's lower convex hull, by ascending row width, as far as it descends."""
+    """Indices of the curve's lower convex hull, by ascending bytes, as far as it descends."""
     kept: list[int] = []
     for i in range(len(curve.rows)):
         if kept and curve.loss[i] >= curve.loss[kept[-1]]:
@@ -159,7 +168,7 @@ def hull(curve: Curve) -> list[int]:
 
 
 def slope(curve: Curve, a: int, b: int) -> float:
-    """Loss saved a number of the row between two points of a curve."""
+    """Loss saved a byte of the row between two points of a curve."""
     return float((curve.loss[a] - curve.loss[b]) / (curve.rows[b] - curve.rows[a]))
 
 
@@ -218,24 +227,27 @@ def fill(curves: Sequence[Curve], at: list[int], left: int) -> None:
         at[layer] = j
 
 
-def even_sizes(prepared: Sequence[Prepared], config: MlaConfig) -> list[tuple[int, int]]:
+def even_sizes(
+    prepared: Sequence[Prepared], formats: Sequence[RowFormat], config: MlaConfig
+) -> list[tuple[int, int]]:  # fmt: skip
     """The same (rank, rope dims) for all layers of one shape, the pair of least loss in sum over them."""
-    shapes = [(p.geometry.groups, p.geometry.head_dim, p.geometry.value_dim, p.geometry.rotary_width) for p in prepared]
+    kinds = [
+        (p.geometry.groups, p.geometry.head_dim, p.geometry.value_dim, p.geometry.rotary_width, row)
+        for p, row in zip(prepared, formats, strict=True)
+    ]
     chosen = {}
-    for shape in dict.fromkeys(shapes):
-        alike = [p for p, s in zip(prepared, shapes, strict=True) if s == shape]
-        geometry = alike[0].geometry
-        row = int(config.budget * geometry.width + 1e-9)
+    for kind in dict.fromkeys(kinds):
+        alike = [p for p, k in zip(prepared, kinds, strict=True) if k == kind]
+        geometry, row = alike[0].geometry, kind[-1]
+        most, ropes = room(geometry, row, config), rope_dims_to_try(geometry, config)
         sizes = [
-            (fit_rank(row - rope, geometry, rope), rope)
-            for rope in rope_dims_to_try(geometry, config)
-            if row - rope >= 1
+            (fit_rank(left, geometry, rope), rope) for rope in ropes if (left := row.rank_within(most, rope)) >= 1
         ]
         if not sizes:
-            raise too_small(row, min(rope_dims_to_try(geometry, config)) + 1)
+            raise too_small(most, row.bytes(1, min(ropes)))
         losses = [sum(float(predicted_loss(p, rope, np.array([rank]))[0]) for p in alike) for rank, rope in sizes]
-        chosen[shape] = sizes[int(np.argmin(losses))]
-    return [chosen[shape] for shape in shapes]
+        chosen[kind] = sizes[int(np.argmin(losses))]
+    return [chosen[kind] for kind in kinds]
 
 
 def fit_rank(left: int, geometry: Geometry, rope: int) -> int:
@@ -268,6 +280,6 @@ def sizes_by_hand(config: MlaConfig, geometry: Geometry) -> tuple[int, int]:
 def too_small(given: int, needed: int) -> BudgetTooSmall:
     """The error of a budget that holds nothing."""
     return BudgetTooSmall(
-        f"the budget leaves {given} numbers a token, which holds no latent beside rope dims; at least {needed} are "
+        f"the budget leaves {given} bytes a token, which holds no latent beside rope dims; at least {needed} are "
         "needed: give a larger budget"
     )

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import mla_pass
+from mla_pass import native
 from mla_pass.config import Absorb, CacheKind, Layers, MetricKind, MlaConfig, RopeMode
 from mla_pass.errors import MlaPassError
+from mla_pass.storage import CacheDtype, RopeDtype
 
 if TYPE_CHECKING:
     from mla_pass.site import AttentionSite
@@ -128,6 +130,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--stats", type=Path, metavar="FILE.safetensors",
         help="calibration statistics: read if the file is there, else written; another budget then costs seconds",
     )  # fmt: skip
+    parser.add_argument(
+        "--cache-dtype", choices=get_args(CacheDtype), default=default.cache_dtype,
+        help="type of the cached latents: as the model, 16 or 8 bits, or what loses least at equal bytes (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--rope-dtype", choices=get_args(RopeDtype), default=default.rope_dtype,
+                        help="type of a row's rotated part; auto: as the latents, but 16 bits beside int8")  # fmt: skip
     parser.add_argument("--metric", choices=get_args(MetricKind), default=default.metric, help="what loss is judged by")
     parser.add_argument("--layers", choices=get_args(Layers), default=default.layers, help="sizes by loss, or all even")
     parser.add_argument(
@@ -139,6 +147,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", choices=get_args(CacheKind), default=default.cache, help="a buffer, or appended to")
     parser.add_argument("--max-positions", type=int, metavar="N", help="rows of the rotary table (the model's limit)")
     parser.add_argument("--partial", action="store_true", help="convert what can be read even if a block is refused")
+    parser.add_argument("--bundle", action="store_true", help="put the op library beside the model")
     parser.add_argument("--dry-run", action="store_true", help="do all the work, print the report, write nothing")
     parser.set_defaults(usage_error=parser.error)
 
@@ -150,6 +159,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if not arguments.dry_run:
         require_free(arguments.out)  # saving asks again; here it costs no minutes first
+        if arguments.bundle:
+            native.library_path()  # likewise
     calibrate = arguments.calibrate if arguments.calibrate == "self" else Path(arguments.calibrate)
     known = Calibration.load(arguments.stats) if arguments.stats and arguments.stats.exists() else None
     with _Progress() as progress:
@@ -157,7 +168,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.stats and known is None:
         result.calibration.save(arguments.stats)
     if not arguments.dry_run:
-        result.save(arguments.out)
+        result.save(arguments.out, bundle=arguments.bundle)
     data = {"out": None if arguments.dry_run else str(arguments.out), "report": result.report.to_json()}
     return _show(arguments, data, result.report.text(would=arguments.dry_run))
 
@@ -177,6 +188,8 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         rope_mode=arguments.rope_mode,
         absorb=arguments.absorb,
         cache=arguments.cache,
+        cache_dtype=arguments.cache_dtype,
+        rope_dtype=arguments.rope_dtype,
         max_loss=arguments.max_loss,
         metric=arguments.metric,
         layers=arguments.layers,

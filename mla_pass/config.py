@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from mla_pass.errors import MlaPassError
+from mla_pass.storage import CacheDtype, RopeDtype
 
 RopeMode = Literal["block", "extend", "repeat"]
 Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
 Layers = Literal["loss", "even"]
 MetricKind = Literal["auto", "output", "fisher"]
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class MlaConfig:
     """
 
     budget: float = 0.5
-    """Cached numbers per token and layer, as a fraction of the original cache; in (0, 1]."""
+    """Cached bytes per token and layer, as a fraction of the original cache's; in (0, 1]."""
     rank: int | None = None
     """Width of the latent; with `rope_dims` it replaces `budget`."""
     rope_dims: int | None = None
@@ -39,6 +40,11 @@ class MlaConfig:
     cache: CacheKind = "shared"
     """`shared`: present has the shape of past, a buffer with room to spare, written in place where the runtime binds
     one buffer to both. `growing`: present is past with the new rows appended."""
+    cache_dtype: CacheDtype = "same"
+    """Type the latents are stored in: the model's own, 16 bits, 8 bits with a scale for each quarter of a row, or
+    `auto`, which takes of the model's own and 8 bits what loses less at equal bytes on held-out text."""
+    rope_dtype: RopeDtype = "auto"
+    """Type the rotated part of a row is stored in; `auto` is as the latent, but 16 bits beside 8-bit latents."""
     layers: Layers = "loss"
     """`loss`: layers get what lowers the predicted loss most; `even`: all layers of one shape get the same."""
     max_loss: float | None = None
@@ -77,7 +83,8 @@ class MlaConfig:
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
             raise MlaPassError(f"rope_dims must be an even number of at least 2; got {self.rope_dims}")
         for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb), ("cache", CacheKind),
-                           ("layers", Layers), ("metric", MetricKind)):  # fmt: skip
+                           ("cache_dtype", CacheDtype), ("rope_dtype", RopeDtype), ("layers", Layers),
+                           ("metric", MetricKind)):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise MlaPassError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.finest_block is not None and (self.finest_block < 1 or self.finest_block & (self.finest_block - 1)):

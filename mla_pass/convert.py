@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from mla_pass import native
 from mla_pass.config import MlaConfig
 from mla_pass.errors import MlaPassError
 from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder
@@ -39,13 +41,18 @@ class Result:
     calibration: Calibration
     """What calibration saw; another conversion of the same model can start from it."""
 
-    def save(self, out: str | Path) -> Path:
+    def save(self, out: str | Path, *, bundle: bool = False) -> Path:
         """Write the folder `out`: the model, what was done to it (mla_pass.json), tokenizer and configuration.
 
-        The model is opened and run once before the folder gets its name, unless it is bfloat16.
-        Raises MlaPassError when `out` is taken or cannot be written; nothing is left behind then.
+        `bundle` puts the op library beside the model, for machines without mla_pass. The model is opened and run once
+        before the folder gets its name, unless it is bfloat16.
+        Raises MlaPassError when `out` is taken or cannot be written, or there is no library to bundle; nothing is left
+        behind then.
         """
+        library = Path(native.library_path()) if bundle else None
         with new_folder(out) as folder:
+            if library is not None:
+                shutil.copy(library, folder / library.name)
             save_model(self.model, folder)
             record = {"config": self.config.to_json(), "report": self.report.to_json()}
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -11,3 +11,7 @@ class MlaPassError(Exception):
 
 class BudgetTooSmall(MlaPassError):
     """A budget that holds no latent at all."""
+
+
+class LossUnreachable(MlaPassError):
+    """A largest loss that no cache keeps within, whatever its size."""

@@ -6,8 +6,8 @@ import numpy as np
 
 from mla_pass.calibrate import attention, rotate, visible
 from mla_pass.fold import LatentWeights
-from mla_pass.onnx.absorb import Absorption, numbers_read
-from mla_pass.onnx.emit import DTYPES
+from mla_pass.onnx.absorb import numbers_read
+from mla_pass.onnx.emit import Conversion
 from mla_pass.reference import attend, rows
 from mla_pass.report import LayerReport
 from mla_pass.site import AttentionSite
@@ -36,9 +36,9 @@ def output_error(site: AttentionSite, statistics: SiteStatistics, weights: Laten
     return float(np.linalg.norm(missed) / max(float(np.linalg.norm(whole)), np.finfo(np.float64).tiny))
 
 
-def layer_report(site: AttentionSite, weights: LatentWeights, plan: Absorption, error: float | None) -> LayerReport:
+def layer_report(conversion: Conversion, error: float | None) -> LayerReport:
     """One line of the report."""
-    size = DTYPES[site.dtype].itemsize
+    site, weights, plan = conversion.site, conversion.weights, conversion.absorption
     row = weights.rank + weights.rope_dim
     hidden = site.key.projection.weight.shape[0]
     behind_norm = site.key.norm is not None or site.value.norm is not None
@@ -49,10 +49,13 @@ def layer_report(site: AttentionSite, weights: LatentWeights, plan: Absorption, 
     notes = ["folded: " + ", ".join(absorbed)] if absorbed else []
     if weights.key_rank < weights.rank:
         notes.append(f"keys read {weights.key_rank}")
+    if conversion.row.latent != site.dtype or conversion.row.rope != site.dtype:
+        notes.append(f"latent {conversion.row.latent}, rope {conversion.row.rope}")
     return LayerReport(
         name=site.name, heads=site.heads, kv_groups=site.kv_groups, head_dim=site.head_dim, rank=weights.rank,
         rope_dims=weights.rope_dim, kept=weights.kept, output_error=error,
-        cache_before=site.cache_width * size, cache_after=row * size,
+        cache_before=conversion.row.full_bytes(site.cache_width),
+        cache_after=conversion.row.bytes(weights.rank, weights.rope_dim),
         weights_before=hidden * site.heads * site.head_dim + key_value + heads_out,
         weights_after=numbers_read(site, weights, plan) + down,
         note="; ".join(notes),

@@ -30,6 +30,7 @@ def variant_of(w: LatentWeights, theta: np.ndarray, **changes) -> Variant:
         band_block=tuple(bands.block.tolist()), band_a0=tuple(bands.a0), band_a1=tuple(bands.a1),
         band_theta=tuple(theta[bands.index]), scale=SCALE, softcap=0.0, window=0, causal=True, padding=True,
         bias=False, query_map=True, key_up=w.nope_dim > 0, value_up=True, shared_buffer=True,
+        latent_dtype="same", rope_dtype="same",
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -40,6 +41,8 @@ def build(
     """A model of one node, its floats of `kind`; past tensors and all else are graph inputs."""
     kinds = dict.fromkeys(INPUTS, kind) | dict.fromkeys(("cos", "sin"), ir.DataType.FLOAT)
     kinds |= dict.fromkeys(("position_ids", "total_length", "padding_mask"), ir.DataType.INT64)
+    for part, dtype in (("latent", variant.latent_dtype), ("rope", variant.rope_dtype)):
+        kinds[part] = kinds[f"past_{part}"] = kind if dtype == "same" else ir.DataType[dtype.upper()]
     absent = {"padding_mask": not variant.padding, "attention_bias": not variant.bias}
     absent |= {
         "query_map": not variant.query_map,
@@ -56,7 +59,7 @@ def build(
         return ir.Value(name=name, type=ir.TensorType(kind), shape=shape)
 
     inputs = {n: None if absent.get(n) else value(n, kinds[n]) for n in INPUTS}
-    outputs = [value(n, kind) for n in ("context", "latent", "rope")]
+    outputs = [value(n, kinds.get(n, kind)) for n in ("context", "latent", "rope")]
     node = ir.Node(DOMAIN, OP_TYPE, list(inputs.values()), node_attributes(variant, w.rope_index), outputs=outputs)
     there = [v for v in inputs.values() if v is not None]
     graph = ir.Graph(there, outputs, nodes=[node], name="g", opset_imports={"": opset, DOMAIN: 1})

@@ -13,6 +13,7 @@ from mla_pass.budget import Curve, choose_splits, hull, layer_curve, pour
 from mla_pass.fold import Recipe, fold, predicted_loss, prepare
 from mla_pass.fold.arithmetic import attention_flops, plain_flops
 from mla_pass.onnx.choose import recipes
+from mla_pass.storage import RowFormat, row_format
 from tests.test_fold import ROPES, Case
 
 
@@ -70,8 +71,11 @@ def test_hull_is_convex_and_below_the_curve() -> None:
 
 
 def test_a_budget_that_holds_nothing_is_refused() -> None:
-    with pytest.raises(MlaPassError, match="leaves 1 numbers a token"):
+    with pytest.raises(MlaPassError, match="leaves 1 bytes a token"):
         pour([Curve(np.array([4]), np.array([1.0]), ((2, 2),))], [1])
+
+
+FLOATS = RowFormat("float32", "float32", "float32")
 
 
 def options(config: MlaConfig, seeds: tuple[int, ...] = (0, 1), scales: tuple[float, ...] = (1.0, 1.0)) -> list:
@@ -86,28 +90,29 @@ def options(config: MlaConfig, seeds: tuple[int, ...] = (0, 1), scales: tuple[fl
 def test_curve_tells_what_the_fold_predicts() -> None:
     case = Case(ROPES["half"])
     p = prepare(case.geometry, case.statistics, Recipe())
-    found = layer_curve(p, MlaConfig())
+    found = layer_curve(p, FLOATS, MlaConfig())
     for row, loss, (rank, rope) in zip(found.rows, found.loss, found.sizes, strict=True):
-        assert rank + rope == row
+        assert 4 * (rank + rope) == row
         assert fold(p, rank, rope).predicted == pytest.approx(loss, rel=1e-6, abs=1e-9)
 
 
 def test_a_layer_that_matters_more_gets_more() -> None:
     config = MlaConfig(metric_mix=0.1)
-    alike = choose_splits(options(config, (0, 0), (1.0, 1.0)), config)
-    unlike = choose_splits(options(config, (0, 0), (1.0, 30.0)), config)
+    alike = choose_splits(options(config, (0, 0), (1.0, 1.0)), [FLOATS] * 2, config)
+    unlike = choose_splits(options(config, (0, 0), (1.0, 30.0)), [FLOATS] * 2, config)
     width = [s.rank + s.rope_dims for s in unlike]
     assert width[0] < alike[0].rank + alike[0].rope_dims < width[1]
     assert sum(width) <= 2 * 28
     even = replace(config, layers="even")
-    assert len({(s.rank, s.rope_dims) for s in choose_splits(options(even, (0, 0), (1.0, 30.0)), even)}) == 1
+    splits = choose_splits(options(even, (0, 0), (1.0, 30.0)), [FLOATS] * 2, even)
+    assert len({(s.rank, s.rope_dims) for s in splits}) == 1
 
 
 @pytest.mark.parametrize("limit", [1.2, 1.5, 2.0, 4.0])
 def test_no_layer_costs_more_arithmetic_than_allowed(limit: float) -> None:
     config = MlaConfig(metric_mix=0.1, attention_flops=limit)
     losses = []
-    for split in choose_splits(options(config), config):
+    for split in choose_splits(options(config), [FLOATS] * 2, config):
         flops = attention_flops(split.rank, split.key_rank, split.rank, split.rope_dims, split.prepared.bands)
         assert flops <= limit * plain_flops(split.rank, split.rope_dims)
         losses.append(float(predicted_loss(split.prepared, split.rope_dims, np.array([split.rank]))[0]))
@@ -117,9 +122,37 @@ def test_no_layer_costs_more_arithmetic_than_allowed(limit: float) -> None:
 def test_more_arithmetic_loses_less() -> None:
     def predicted(limit: float) -> float:
         config = MlaConfig(metric_mix=0.1, attention_flops=limit, rope_dims=2, budget=0.6)
-        splits = choose_splits(options(config), config)
+        splits = choose_splits(options(config), [FLOATS] * 2, config)
         return sum(fold(s.prepared, s.rank, s.rope_dims, s.key_rank).predicted for s in splits)
 
     found = [predicted(limit) for limit in (1.0, 1.5, 3.0, 10.0)]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("layers", ["loss", "even"])
+@pytest.mark.parametrize("dtypes", [("int8", "auto"), ("float16", "auto"), ("int8", "int8"), ("same", "float16")])
+def test_a_budget_is_in_bytes(layers: str, dtypes: tuple[str, str]) -> None:
+    config = MlaConfig(metric_mix=0.1, budget=0.25, layers=layers, cache_dtype=dtypes[0], rope_dtype=dtypes[1])
+    row = row_format("float32", *dtypes)
+    splits = choose_splits(options(config), [row] * 2, config)
+    spent = sum(row.bytes(s.rank, s.rope_dims) for s in splits)
+    given = 2 * int(0.25 * 4 * splits[0].prepared.geometry.width)
+    # Ranks come in steps of two, and so do rope dims.
+    assert given - 2 * row.bytes(4, 2) < spent <= given
+
+
+def test_the_rank_that_bytes_hold() -> None:
+    for model, cache, rope in (("float32", "int8", "auto"), ("float16", "int8", "int8"), ("bfloat16", "same", "auto")):
+        row = row_format(model, cache, rope)
+        for room in range(40, 90):
+            rank = row.rank_within(room, 4)
+            assert row.bytes(rank, 4) <= room < row.bytes(rank + 1, 4)
+
+
+def test_types_that_follow_from_others() -> None:
+    assert row_format("float32", "same", "auto") == FLOATS
+    assert row_format("float32", "int8", "auto") == RowFormat("float32", "int8", "float16")
+    assert row_format("bfloat16", "int8", "auto") == RowFormat("bfloat16", "int8", "bfloat16")
+    assert row_format("float32", "float16", "auto") == RowFormat("float32", "float16", "float16")
+    assert row_format("float16", "int8", "same") == RowFormat("float16", "int8", "float16")

@@ -73,6 +73,29 @@ def test_the_smallest_cache_within_a_loss(chooser: Chooser) -> None:
     assert losses[settled.config.budget - 1 / 16] > limit  # one step smaller is too small
 
 
+def test_the_type_that_loses_least_is_taken(chooser: Chooser) -> None:
+    config = MlaConfig(budget=0.5, metric_mix=0.1, cache_dtype="auto")
+    losses = {dtype: chooser.excess(replace(config, cache_dtype=dtype)).mean for dtype in choose.CACHE_DTYPES}
+    assert len(set(losses.values())) == 2
+    settled = chooser.settle(config)
+    assert settled.config.cache_dtype == min(losses, key=lambda dtype: losses[dtype])
+    assert settled.excess is not None and settled.excess.mean == min(losses.values())
+
+
+def test_the_type_that_takes_fewest_bytes_is_taken(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    def excess(config: MlaConfig) -> choose.Excess:
+        return choose.Excess(1 / config.budget / (4 if config.cache_dtype == "int8" else 1), None)
+
+    monkeypatch.setattr(chooser, "excess", excess)
+    found = chooser.best_dtype(MlaConfig(max_loss=1.001, metric_mix=0.1, cache_dtype="auto"))
+    assert (found.cache_dtype, found.budget) == ("int8", 0.25)
+    # Out of reach of the model's own type, within that of 8 bits, and of neither.
+    found = chooser.best_dtype(MlaConfig(max_loss=0.5, metric_mix=0.1, cache_dtype="auto"))
+    assert (found.cache_dtype, found.budget) == ("int8", 0.5)
+    with pytest.raises(MlaPassError, match="no cache keeps the loss within 0.1 "):
+        chooser.best_dtype(MlaConfig(max_loss=0.1, metric_mix=0.1, cache_dtype="auto"))
+
+
 def test_a_loss_that_no_cache_keeps_tells_the_best(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "excess", lambda self, model: choose.Excess(0.25, None))
     with pytest.raises(MlaPassError, match="no cache keeps the loss within 0.1.*reaches 0.2500"):
@@ -108,6 +131,8 @@ def test_without_held_out_text_the_usual_mix_is_said(calibration: Calibration) -
     assert "usual" in settled.notes[0]
     with pytest.raises(MlaPassError, match="held-out text"):
         chooser.settle(MlaConfig(max_loss=0.1))
+    with pytest.raises(MlaPassError, match="cache_dtype auto needs .* give a type instead"):
+        chooser.settle(MlaConfig(cache_dtype="auto"))
 
 
 def test_what_cannot_be_tried_out_is_known_before(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:

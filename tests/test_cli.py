@@ -287,9 +287,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         progress("fold", 0, 2)
         progress("fold", 2, 2)
         made.append({"model": model, "config": config, "calibrate": calibrate, "calibration": calibration})
-        return SimpleNamespace(
-            report=Report((), (), "float32", ()), save=lambda out: out.mkdir(), calibration=STATISTICS
-        )
+
+        def save(out: Path, *, bundle: bool) -> None:
+            out.mkdir()
+            if bundle:
+                (out / "library").touch()
+
+        return SimpleNamespace(report=Report((), (), "float32", ()), save=save, calibration=STATISTICS)
 
     monkeypatch.setattr(mla_pass, "convert", convert)
     return made
@@ -307,7 +311,8 @@ def test_convert_with_defaults(calls: list[dict[str, Any]], tmp_path: Path, caps
 def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     options = (
         "--rank 24 --rope-dims 8 --calibrate ids.npy --calibrate-tokens 1000 --rope-mode extend --absorb never "
-        "--cache growing --max-positions 99 --partial --metric output --layers even --attention-flops 2"
+        "--cache growing --max-positions 99 --partial --metric output --layers even --attention-flops 2 "
+        "--cache-dtype int8 --rope-dtype bfloat16 --bundle"
     )
     assert run("convert", "m", tmp_path / "out", *options.split()) == 0
     expected = MlaConfig(
@@ -318,12 +323,15 @@ def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path
         cache="growing",
         calibrate_tokens=1000,
         max_positions=99,
+        cache_dtype="int8",
+        rope_dtype="bfloat16",
         partial=True,
         metric="output",
         layers="even",
         attention_flops=2.0,
     )
     assert calls == [{"model": Path("m"), "config": expected, "calibrate": Path("ids.npy"), "calibration": None}]
+    assert (tmp_path / "out" / "library").exists()
 
 
 def test_a_largest_loss_stands_in_for_a_budget(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mla_pass.onnx.emit import Emitter
 from mla_pass.onnx.session import Decoder, ModelSession
 from tests.families import FAMILIES, VOCAB, exported
 from tests.limits import file_size_limit
+from tests.native_cases import needs_library
 
 SHAPES = [(1, 1, 7), (3, 4, 11), (2, 6, 0), (1, 2, 40)]
 # One metric and one mix: what is tried out on held-out text is tested in test_choose.
@@ -100,6 +103,27 @@ def test_half_precision(family: str, converted) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_full_size_in_every_form(family: str, config: dict, converted) -> None:
     check_equal(exported(family), converted(family, budget=1.0, **config))
+
+
+# Of the largest logit: random models spread 8 bits of every row, half a step of which is 1/232, over few channels.
+STORED = {"float16": 3e-3, "bfloat16": 2e-2, "int8": 3e-2}
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("cache", ["shared", "growing"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_full_size_in_fewer_bits(family: str, cache: str, dtype: str, converted) -> None:
+    folder = converted(family, budget=1.0, cache_dtype=dtype, cache=cache)
+    tokens = tokens_of(2, 40)
+    want = run(mla_pass.session(exported(family), threads=1), tokens, 40)
+    error = {}
+    for fused in (True, False):
+        session = mla_pass.session(folder, threads=1, fused=fused)
+        types = {tensor.dtype.name for tensor in session.cache.tensors}
+        assert types == ({"int8", "float16"} if dtype == "int8" else {dtype})
+        got = run(session, tokens, 5)
+        error[fused] = np.abs(got - want[:, -5:]).max() / np.abs(want).max()
+    assert 0 < max(error.values()) < STORED[dtype]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "phi3_partial"])
@@ -335,6 +359,49 @@ def test_one_unreadable_block_refuses_all(tmp_path: Path) -> None:
     tokens = tokens_of(2, 12)
     want, got = (run(mla_pass.session(folder), tokens, 5) for folder in (tmp_path / "bad", out))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * np.abs(want).max())
+
+
+# What a machine without mla_pass does: three lines of ONNX Runtime, on the files of the folder alone.
+ELSEWHERE = """
+import sys
+import numpy as np, onnxruntime
+sys.modules["mla_pass"] = None
+folder = sys.argv[1]
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(folder + "/libmla_pass.so")
+options.enable_profiling = True
+options.profile_file_prefix = folder + "/profile"
+session = onnxruntime.InferenceSession(folder + "/model.onnx", options, providers=["CPUExecutionProvider"])
+feeds = {"input_ids": np.arange(3, 9)[None], "attention_mask": np.ones((1, 6), np.int64)}
+feeds["position_ids"] = np.arange(6)[None]
+for port in session.get_inputs():
+    if port.name.startswith("past"):
+        feeds[port.name] = np.zeros((1, 1, 6, port.shape[3]), np.float32)
+given = {port.name: feeds[port.name] for port in session.get_inputs()}
+np.save(folder + "/logits.npy", session.run(["logits"], given)[0])
+print(session.end_profiling())
+"""
+
+
+@needs_library
+def test_a_bundle_runs_without_mla_pass(tmp_path: Path) -> None:
+    config = MlaConfig(**SMALL, budget=0.5)
+    made = mla_pass.convert(exported("llama"), config, calibrate=ids_file(tmp_path))
+    folder = made.save(tmp_path / "out", bundle=True)
+    command = [sys.executable, "-c", ELSEWHERE, str(folder)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert '"op_name" : "LatentAttention"' in Path(ran.stdout.strip()).read_text()
+    want = mla_pass.session(folder, fused=False).logits([np.arange(3, 9)])
+    np.testing.assert_allclose(np.load(folder / "logits.npy"), want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+def test_no_library_to_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MlaConfig(**SMALL, budget=0.5)
+    made = mla_pass.convert(exported("llama"), config, calibrate=ids_file(tmp_path))
+    monkeypatch.setattr("mla_pass.native.find_library", lambda: None)
+    with pytest.raises(MlaPassError, match="the op library .* is not built"):
+        made.save(tmp_path / "out", bundle=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_full_disk(tmp_path: Path) -> None:

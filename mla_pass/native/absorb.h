@@ -138,17 +138,15 @@ class BandQueries {
   Index present_[kMaxLevels];
 };
 
-// A chunk of cached rows as float32: where they lie, or widened into scratch.
+// A chunk of cached rows as float32: where they lie, or unpacked into scratch.
 struct Rows {
   const float* data;
   Index step;
 };
 
-inline Rows read_rows(const float* from, Index, Index columns, float*, Index) { return {from, columns}; }
-
-template <class T>
-inline Rows read_rows(const T* from, Index count, Index columns, float* to, Index step) {
-  for (Index i = 0; i < count; ++i) widen(from + i * columns, to + i * step, columns);
+inline Rows read_rows(const Stored& from, Index first, Index count, float* to, Index step) {
+  if (from.as == Storage::float32) return {static_cast<const float*>(from.data) + first * from.width, from.width};
+  for (Index i = 0; i < count; ++i) unpack(from, first + i, to + i * step);
   return {to, step};
 }
 
@@ -201,8 +199,8 @@ void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, In
   start(part, rows);
   for (Index first = begin; first < end; first += kChunk) {
     const Index keys = least(kChunk, end - first), at = tile.batch * size.capacity + first;
-    const Rows latent = read_rows(p.latent + at * size.rank, keys, size.rank, scratch.latent, scratch.rank_width);
-    const Rows rope = read_rows(p.rope + at * size.rope_dim, keys, size.rope_dim, scratch.rope, scratch.rope_width);
+    const Rows latent = read_rows(p.latent, at, keys, scratch.latent, scratch.rank_width);
+    const Rows rope = read_rows(p.rope, at, keys, scratch.rope, scratch.rope_width);
     for (Index key = 0; key < keys;) {
       Index stop = keys, offset = 0;
       if (size.levels > 0) {

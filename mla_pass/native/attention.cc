@@ -68,45 +68,124 @@ const Kernels<Bfloat>& kernels_of(const Isa& isa) {
 
 // ---- cache
 
+struct Element {
+  Storage as;
+  Index bytes;
+};
+
+// Of a cache, whose type `checked` has accepted.
+Element element_of(int type) {
+  switch (static_cast<Type>(type)) {
+    case Type::float16:
+      return {Storage::float16, 2};
+    case Type::bfloat16:
+      return {Storage::bfloat16, 2};
+    case Type::int8:
+      return {Storage::int8, 1};
+    default:
+      return {Storage::float32, 4};
+  }
+}
+
+// A present, which is stored as its past is.
+Stored stored_in(const void* present, const Tensor& past, Index numbers) {
+  return {present, element_of(past.type).as, numbers, past.dims[3]};
+}
+
 // Rows of the past to where the present begins its sequences; nothing to do when they are one buffer.
-template <class T>
-void carry_over(const Sizes& size, const Tensor& past, void* present, Index width, const Threads& threads) {
+void carry_over(const Sizes& size, const Tensor& past, void* present, const Threads& threads) {
   if (past.data == present) return;
-  const Index rows = past.dims[2], bytes = rows * width * static_cast<Index>(sizeof(T));
+  const Index row = past.dims[3] * element_of(past.type).bytes, bytes = past.dims[2] * row;
   if (bytes == 0) return;
   parallel(threads, size.batch, [&](Index b) {
-    std::memcpy(static_cast<T*>(present) + b * size.capacity * width, past.as<T>() + b * rows * width,
+    std::memcpy(static_cast<char*>(present) + b * size.capacity * row, past.as<char>() + b * bytes,
                 static_cast<std::size_t>(bytes));
   });
   copied.fetch_add(static_cast<std::uint64_t>(bytes * size.batch), std::memory_order_relaxed);
 }
 
-template <class T>
-void store_row(const Problem<T>& p, const T* row, Index position, T* latent, T* rope) {
-  const Sizes& size = p.size;
-  std::copy_n(row, size.rank, latent);
-  const T *re = row + size.rank, *im = re + size.rope_dim / 2;
-  const float *cos = p.cos + position * size.angles, *sin = p.sin + position * size.angles;
-  for (Index i = 0; i < size.rope_dim / 2; ++i) {
-    const float c = cos[p.rope_index[i]], s = sin[p.rope_index[i]];
-    const float x = scalar::to_float(re[i]), y = scalar::to_float(im[i]);
-    scalar::narrow(x * c - y * s, rope + i);
-    scalar::narrow(x * s + y * c, rope + size.rope_dim / 2 + i);
+template <class S, class Number>
+void narrow_all(Index count, const Number& number, void* to) {
+  for (Index i = 0; i < count; ++i) scalar::narrow(number(i), static_cast<S*>(to) + i);
+}
+
+// The least code whose step holds `top` within kLargestWhole, so far as there are codes.
+int code_of(float top) {
+  if (!(top > 0)) return -128;
+  const double exact = std::ceil(kOctave * std::log2(static_cast<double>(top) / kLargestWhole));
+  return static_cast<int>(std::clamp(exact, -128.0, 127.0));
+}
+
+template <class Number>
+void pack(Index count, const Number& number, std::int8_t* to) {
+  const Index length = ceil_div(count, kSegments);
+  for (Index segment = 0; segment < kSegments; ++segment) {
+    const Index begin = std::min(segment * length, count), end = std::min(begin + length, count);
+    float top = 0;
+    for (Index i = begin; i < end; ++i) {
+      const float x = number(i);
+      if (!std::isfinite(x)) {
+        throw Refused("input row holds a number that is not finite; expected numbers that 8 bits can hold: store the "
+                      "cache as float16, or repair the model");
+      }
+      top = std::max(top, std::abs(x));
+    }
+    const int code = code_of(top);
+    const float inverse = 1.0f / scalar::step_of(code);
+    for (Index i = begin; i < end; ++i) {
+      const float whole = std::nearbyint(number(i) * inverse);
+      to[i] = static_cast<std::int8_t>(std::clamp(whole, -static_cast<float>(kLargestWhole), static_cast<float>(kLargestWhole)));
+    }
+    to[count + segment] = static_cast<std::int8_t>(code);
+  }
+}
+
+// Stores number(0), number(1), ... as a row of a present.
+template <class Number>
+void put(const Stored& present, Index row, const Number& number) {
+  const Index at = row * present.width, count = present.numbers;
+  void* data = const_cast<void*>(present.data);  // a present is written here and read everywhere else
+  switch (present.as) {
+    case Storage::float32:
+      return narrow_all<float>(count, number, static_cast<float*>(data) + at);
+    case Storage::float16:
+      return narrow_all<Half>(count, number, static_cast<Half*>(data) + at);
+    case Storage::bfloat16:
+      return narrow_all<Bfloat>(count, number, static_cast<Bfloat*>(data) + at);
+    case Storage::int8:
+      return pack(count, number, static_cast<std::int8_t*>(data) + at);
   }
 }
 
 template <class T>
-void store_rows(const Problem<T>& p, const T* row, const Outputs& outputs, const Threads& threads) {
+void store_row(const Problem<T>& p, const T* row, Index position, Index to) {
+  const Sizes& size = p.size;
+  if (p.latent.as == element_of(static_cast<int>(type_of<T>())).as) {
+    std::copy_n(row, size.rank, static_cast<T*>(const_cast<void*>(p.latent.data)) + to * p.latent.width);
+  } else {
+    put(p.latent, to, [&](Index i) { return scalar::to_float(row[i]); });
+  }
+  const Index half = size.rope_dim / 2;
+  const T *re = row + size.rank, *im = re + half;
+  const float *cos = p.cos + position * size.angles, *sin = p.sin + position * size.angles;
+  put(p.rope, to, [&](Index i) {
+    const Index pair = i < half ? i : i - half;
+    const float c = cos[p.rope_index[pair]], s = sin[p.rope_index[pair]];
+    const float x = scalar::to_float(re[pair]), y = scalar::to_float(im[pair]);
+    return i < half ? x * c - y * s : x * s + y * c;
+  });
+}
+
+template <class T>
+void store_rows(const Problem<T>& p, const T* row, const Threads& threads) {
   const Sizes& size = p.size;
   constexpr Index kRowsAtATime = 64;
   const Index runs = ceil_div(size.fresh, kRowsAtATime);
   parallel(threads, size.batch * runs, [&](Index i) {
     const Index b = i / runs, begin = i % runs * kRowsAtATime;
     for (Index s = begin; s < std::min(size.fresh, begin + kRowsAtATime); ++s) {
-      const Index to = b * size.capacity + size.total - size.fresh + s;
       store_row(p, row + (b * size.fresh + s) * (size.rank + size.rope_dim), p.position_ids[b * size.position_step + s],
-                static_cast<T*>(outputs.present_latent) + to * size.rank,
-                static_cast<T*>(outputs.present_rope) + to * size.rope_dim);
+                b * size.capacity + size.total - size.fresh + s);
     }
   });
 }
@@ -158,8 +237,8 @@ Problem<T> make_problem(const Layout& layout, const Sizes& size, const Inputs& i
   p.rope_index = layout.rope_index.data();
   p.band_index = layout.band_index.data();
   p.query = inputs[kQuery].as<T>();
-  p.latent = static_cast<const T*>(outputs.present_latent);
-  p.rope = static_cast<const T*>(outputs.present_rope);
+  p.latent = stored_in(outputs.present_latent, inputs[kPastLatent], size.rank);
+  p.rope = stored_in(outputs.present_rope, inputs[kPastRope], size.rope_dim);
   p.cos = inputs[kCos].as<float>();
   p.sin = inputs[kSin].as<float>();
   p.position_ids = inputs[kPositionIds].as<std::int64_t>();
@@ -227,10 +306,12 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
   s.turn = carver.take<float>(2 * pairs);
   s.scores = carver.take<float>(rows * (kChunk + kPad));
   if (size.orders > 1) s.slopes = carver.take<float>(rows * (kChunk + kPad));
-  if (type_of<T>() != Type::float32) {
+  if (p.latent.as != Storage::float32) {
     s.rank_width = padded(size.rank);
-    s.rope_width = padded(size.rope_dim);
     s.latent = carver.take<float>(kChunk * s.rank_width);
+  }
+  if (p.rope.as != Storage::float32) {
+    s.rope_width = padded(size.rope_dim);
     s.rope = carver.take<float>(kChunk * s.rope_width);
   }
   return s;
@@ -242,7 +323,7 @@ ExpandScratch lay_expand(const Problem<T>& p, Index width, Carver& carver) {
   ExpandScratch s{};
   s.key_width = padded(size.key_rank);
   if (p.key_up) s.key_up = carver.take<float>(size.nope_dim * s.key_width);
-  if (type_of<T>() != Type::float32) {
+  if (p.latent.as != Storage::float32) {
     s.rank_width = padded(size.rank);
     s.latent = carver.take<float>(kChunk * s.rank_width);
   }
@@ -463,9 +544,9 @@ void run(const Layout& layout, const Sizes& size, const Inputs& inputs, const Ou
   const Lease lease(bytes_of(lay));
   Carver carver(lease.data());
   const Problem<T> p = make_problem<T>(layout, size, inputs, outputs, lay(carver));
-  carry_over<T>(size, inputs[kPastLatent], outputs.present_latent, size.rank, threads);
-  carry_over<T>(size, inputs[kPastRope], outputs.present_rope, size.rope_dim, threads);
-  store_rows(p, inputs[kRow].as<T>(), outputs, threads);
+  carry_over(size, inputs[kPastLatent], outputs.present_latent, threads);
+  carry_over(size, inputs[kPastRope], outputs.present_rope, threads);
+  store_rows(p, inputs[kRow].as<T>(), threads);
   const Index from = expand_from(layout, size, p.key_up != nullptr, p.value_up != nullptr);
   const bool expanded = form == Form::counted ? size.fresh >= from : form == Form::expanded;
   if (expanded) return run_expanded(p, kernels_of<T>(isa), threads);

@@ -14,8 +14,11 @@ const std::array<const char*, kInputs> kInputNames = {
 
 Kind kind_of(int input) {
   if (input == kCos || input == kSin) return Kind::float32;
+  if (input == kPastLatent || input == kPastRope) return Kind::stored;
   return input == kPositionIds || input == kTotalLength || input == kPaddingMask ? Kind::int64 : Kind::model;
 }
+
+Index stored_width(Index numbers, Type type) { return type == Type::int8 ? numbers + kSegments : numbers; }
 
 namespace {
 
@@ -114,6 +117,8 @@ std::string type_name(int type) {
   switch (static_cast<Type>(type)) {
     case Type::float32:
       return "float32";
+    case Type::int8:
+      return "int8";
     case Type::int64:
       return "int64";
     case Type::float16:
@@ -150,10 +155,33 @@ class Checker {
  public:
   Checker(const Inputs& inputs, Type model) : inputs_(inputs), model_(model) {}
 
-  void shape(Input input, std::initializer_list<Dim> dims) const {
+  void shape(Input input, std::initializer_list<Dim> dims) const { shape(input, type_of(input), dims); }
+
+  // What an input's elements are to be. A cache may be of the model's type, of 16 bits or of 8; of others, the first.
+  Type type_of(Input input) const {
+    switch (kind_of(input)) {
+      case Kind::float32:
+        return Type::float32;
+      case Kind::int64:
+        return Type::int64;
+      case Kind::stored:
+        for (const Type type : {Type::float16, Type::bfloat16, Type::int8}) {
+          if (inputs_[input].type == static_cast<int>(type)) return type;
+        }
+        return model_;
+      default:
+        return model_;
+    }
+  }
+
+  // [batch, 1, rows, numbers as they are stored]
+  void cache(Input input, Index batch, Index rows, const char* name, Index numbers) const {
+    const Type type = type_of(input);
+    shape(input, type, {{"batch", batch}, {"1", 1}, {"rows", rows}, {name, stored_width(numbers, type)}});
+  }
+
+  void shape(Input input, Type type, std::initializer_list<Dim> dims) const {
     const Tensor& tensor = inputs_[input];
-    const Kind kind = kind_of(input);
-    const Type type = kind == Kind::model ? model_ : kind == Kind::float32 ? Type::float32 : Type::int64;
     bool good = tensor.given && tensor.type == static_cast<int>(type) && tensor.rank == static_cast<Index>(dims.size());
     std::size_t i = 0;
     for (const Dim& dim : dims) {
@@ -314,9 +342,9 @@ Sizes checked(const Layout& layout, const Inputs& inputs, Type model) {
   check_maps(layout, inputs, check, size);
   check.shape(kQuery, {{"batch", -1, 1}, {"tokens", -1, 1}, {"num_heads * head size", size.heads * size.query_dim}});
   check.shape(kRow, {{"batch", size.batch}, {"tokens", size.fresh}, {"rank + rope_dim", size.rank + size.rope_dim}});
-  check.shape(kPastLatent, {{"batch", size.batch}, {"1", 1}, {"rows", -1}, {"rank", size.rank}});
+  check.cache(kPastLatent, size.batch, -1, "rank", size.rank);
   const Index rows = check.dim(kPastLatent, 2);
-  check.shape(kPastRope, {{"batch", size.batch}, {"1", 1}, {"rows", rows}, {"rope_dim", size.rope_dim}});
+  check.cache(kPastRope, size.batch, rows, "rope_dim", size.rope_dim);
   size.total = total_length(layout, check, inputs, size.fresh);
   size.capacity = layout.attributes.shared_buffer ? rows : size.total;
   check_tables(layout, inputs, check, size);

@@ -18,7 +18,7 @@ class Refused : public std::runtime_error {
 };
 
 // Element types by ONNX's numbers.
-enum class Type : int { float32 = 1, int64 = 7, float16 = 10, bfloat16 = 16 };
+enum class Type : int { float32 = 1, int8 = 3, int64 = 7, float16 = 10, bfloat16 = 16 };
 
 template <class T>
 constexpr Type type_of();
@@ -55,9 +55,12 @@ enum Input : int {
 constexpr int kRequired = kPaddingMask;
 extern const std::array<const char*, kInputs> kInputNames;
 
-// Of which kind an input's elements are: the model's float type, float32 or int64.
-enum class Kind { model, float32, int64 };
+// Of which kind an input's elements are: the model's float type, float32, int64, or what a cache is stored as.
+enum class Kind { model, float32, int64, stored };
 Kind kind_of(int input);
+
+// Elements that a stored row of so many numbers takes.
+Index stored_width(Index numbers, Type type);
 
 struct Tensor {
   static constexpr Index kMaxRank = 8;

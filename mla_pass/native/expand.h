@@ -44,7 +44,7 @@ inline void turn_keys(const Problem<T>& p, Index first, Index count, const Expan
 }
 
 template <class T>
-inline void decode_keys(const Problem<T>& p, Index group, Index first, Index count, const Rows& latent, const T* rope,
+inline void decode_keys(const Problem<T>& p, Index group, Index first, Index count, const Rows& latent, Index at,
                         const ExpandScratch& scratch, Index width) {
   const Sizes& size = p.size;
   const Index n = size.nope_dim;
@@ -60,7 +60,7 @@ inline void decode_keys(const Problem<T>& p, Index group, Index first, Index cou
     for (Index row = 0; row < count; ++row) widen(latent.data + row * latent.step, scratch.keys + row * width, n);
   }
   for (Index row = 0; row < count; ++row) {
-    widen(rope + row * size.rope_dim, scratch.keys + row * width + n, size.rope_dim);
+    unpack(p.rope, at + row, scratch.keys + row * width + n);
   }
 }
 
@@ -102,8 +102,8 @@ void expand(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, co
   const Sight<T> all = seen_by(queries.sight, rows);
   for (Index first = all.first; first < all.end; first += kChunk) {
     const Index keys = least(kChunk, all.end - first), at = tile.batch * size.capacity + first;
-    const Rows latent = read_rows(p.latent + at * size.rank, keys, size.rank, scratch.latent, scratch.rank_width);
-    decode_keys(p, group, first, keys, latent, p.rope + at * size.rope_dim, scratch, queries.width);
+    const Rows latent = read_rows(p.latent, at, keys, scratch.latent, scratch.rank_width);
+    decode_keys(p, group, first, keys, latent, at, scratch, queries.width);
     const Rows values = decode_values(p, group, keys, latent, scratch.values, part.value_width);
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
     for (Index row = 0; row < rows; row += kQueryRows) {

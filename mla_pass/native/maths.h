@@ -52,6 +52,29 @@ inline void widen(const T* from, float* to, Index count) {
   for (; i < count; ++i) to[i] = to_float(from[i]);
 }
 
+// The numbers of one stored row.
+inline void unpack(const Stored& from, Index row, float* to) {
+  switch (from.as) {
+    case Storage::float32:
+      return widen(static_cast<const float*>(from.data) + row * from.width, to, from.numbers);
+    case Storage::float16:
+      return widen(static_cast<const Half*>(from.data) + row * from.width, to, from.numbers);
+    case Storage::bfloat16:
+      return widen(static_cast<const Bfloat*>(from.data) + row * from.width, to, from.numbers);
+    case Storage::int8:
+      break;
+  }
+  const std::int8_t* whole = static_cast<const std::int8_t*>(from.data) + row * from.width;
+  const Index length = (from.numbers + kSegments - 1) / kSegments;
+  for (Index segment = 0; segment < kSegments; ++segment) {
+    const float step = step_of(whole[from.numbers + segment]);
+    Index i = least(segment * length, from.numbers);
+    const Index end = least(i + length, from.numbers);
+    for (; i + Vec::width <= end; i += Vec::width) store(to + i, mul(splat(step), load(whole + i)));
+    for (; i < end; ++i) to[i] = step * to_float(whole[i]);
+  }
+}
+
 inline void fill(float* p, Index count, float value) {
   for (Index i = 0; i < count; ++i) p[i] = value;
 }

@@ -6,6 +6,18 @@
 namespace mla_pass::MLA_PASS_ISA {
 
 inline float to_float(float x) { return x; }
+inline float to_float(std::int8_t x) { return static_cast<float>(x); }
+
+// 2^(code / kOctave) of codes from -128 to 127.
+inline float step_of(int code) {
+  constexpr float part[kOctave] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
+                                   1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+  const unsigned shifted = static_cast<unsigned>(code + 16 * kOctave);  // from zero, so that it splits as it should
+  const std::uint32_t bits = (shifted / kOctave + 127u - 16u) << 23;
+  float octave;
+  __builtin_memcpy(&octave, &bits, sizeof octave);
+  return part[shifted % kOctave] * octave;
+}
 
 inline float to_float(Bfloat x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "attention.h"
 #include "isa.h"
@@ -174,8 +175,8 @@ class Kernel {
     const Sizes size = checked(layout_, inputs, type_);
     const Outputs outputs = {
         write_tensor(context, 0, {size.batch, size.fresh, size.heads * size.value_dim}),
-        write_tensor(context, 1, {size.batch, 1, size.capacity, size.rank}),
-        write_tensor(context, 2, {size.batch, 1, size.capacity, size.rope_dim}),
+        write_tensor(context, 1, {size.batch, 1, size.capacity, inputs[kPastLatent].dims[3]}),
+        write_tensor(context, 2, {size.batch, 1, size.capacity, inputs[kPastRope].dims[3]}),
     };
     const Threads threads = {context, run_on_pool, workers_};
     switch (type_) {
@@ -196,13 +197,13 @@ class Kernel {
   Type type_;
 };
 
-// ---- the operator, once for every element type
+// ---- the operator, once for every combination of the model's type and those its cache is stored as
 
 struct Op : OrtCustomOp {
-  Type type;
+  Type model, latent, rope;
 };
 
-Type type_of(const OrtCustomOp* op) { return static_cast<const Op*>(op)->type; }
+const Op& as_op(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 int input_type(const OrtCustomOp* op, std::size_t index) {
   switch (kind_of(static_cast<int>(index))) {
@@ -210,19 +211,28 @@ int input_type(const OrtCustomOp* op, std::size_t index) {
       return static_cast<int>(Type::float32);
     case Kind::int64:
       return static_cast<int>(Type::int64);
+    case Kind::stored:
+      return static_cast<int>(index == kPastLatent ? as_op(op).latent : as_op(op).rope);
     default:
-      return static_cast<int>(type_of(op));
+      return static_cast<int>(as_op(op).model);
   }
+}
+
+int output_type(const OrtCustomOp* op, std::size_t index) {
+  const Op& self = as_op(op);
+  return static_cast<int>(index == 0 ? self.model : index == 1 ? self.latent : self.rope);
 }
 
 int input_characteristic(const OrtCustomOp*, std::size_t index) {
   return static_cast<int>(index < kRequired ? ort::Characteristic::required : ort::Characteristic::optional);
 }
 
-Op make_op(Type type) {
+Op make_op(Type model, Type latent, Type rope) {
   Op op{};
   op.version = ort::kApiVersion;
-  op.type = type;
+  op.model = model;
+  op.latent = latent;
+  op.rope = rope;
   op.GetName = [](const OrtCustomOp*) { return "LatentAttention"; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU's
   op.GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kInputs; };
@@ -230,7 +240,7 @@ Op make_op(Type type) {
   op.GetInputCharacteristic = input_characteristic;
   op.GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return 0; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return 3; };
-  op.GetOutputType = [](const OrtCustomOp* self, std::size_t) { return static_cast<int>(type_of(self)); };
+  op.GetOutputType = output_type;
   op.GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) { return 0; };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = op.GetVariadicInputMinArity;
@@ -239,7 +249,7 @@ Op make_op(Type type) {
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** out) {
-    return guarded([&] { *out = new Kernel(info, type_of(self)); });
+    return guarded([&] { *out = new Kernel(info, as_op(self).model); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
@@ -251,8 +261,20 @@ Op make_op(Type type) {
 }
 
 // Sessions keep pointers to the domain and to its operators: all of them live as long as the library.
+std::vector<Op> make_ops() {
+  std::vector<Op> ops;
+  for (const Type model : {Type::float32, Type::float16, Type::bfloat16}) {
+    std::vector<Type> stored = {Type::float16, Type::bfloat16, Type::int8};
+    if (model == Type::float32) stored.push_back(model);
+    for (const Type latent : stored) {
+      for (const Type rope : stored) ops.push_back(make_op(model, latent, rope));
+    }
+  }
+  return ops;
+}
+
 OrtCustomOpDomain* domain() {
-  static const Op ops[] = {make_op(Type::float32), make_op(Type::float16), make_op(Type::bfloat16)};
+  static const std::vector<Op> ops = make_ops();
   static OrtCustomOpDomain* const made = [] {
     OrtCustomOpDomain* fresh = nullptr;
     call<ort::CreateCustomOpDomain>("mla_pass", &fresh);

@@ -22,6 +22,22 @@ struct Bfloat {
   std::uint16_t bits;
 };
 
+// How the numbers of a cached row are stored: as float32, 16 bits, or int8 in kSegments segments of equal length (the
+// last ones shorter), whose codes c follow the row's numbers: x = q * 2^(c / kOctave), |q| <= kLargestWhole. See
+// mla_pass/storage.py.
+enum class Storage { float32, float16, bfloat16, int8 };
+constexpr Index kSegments = 4;
+constexpr int kOctave = 8;
+constexpr int kLargestWhole = 127;
+
+// One tensor of the cache: rows of `numbers` numbers that take `width` elements each.
+struct Stored {
+  const void* data;
+  Storage as;
+  Index numbers;
+  Index width;
+};
+
 // A run of band pairs [begin, end) that turn in blocks of `block` rows.
 struct Level {
   Index block;
@@ -63,8 +79,8 @@ struct Problem {
   const Index* band_index;
   const float* fit;  // [2][m][2]: the complex fits A0 and A1 of every band pair, see body.py
   const T* query;
-  const T* latent;
-  const T* rope;
+  Stored latent;
+  Stored rope;
   const float* cos;
   const float* sin;
   const std::int64_t* position_ids;
@@ -123,8 +139,8 @@ struct AbsorbScratch {
   float* turn;               // [orders][2][pairs of the widest level]
   float* scores;             // [rows][kChunk + kPad]
   float* slopes;             // the same, for the order that follows the offset
-  float* latent;             // [kChunk][rank_width], unused where the cache holds float32
-  float* rope;               // [kChunk][rope_width]
+  float* latent;             // [kChunk][rank_width], unused where the latents are stored as float32
+  float* rope;               // [kChunk][rope_width], the same
   Index rank_width, rope_width;
 };
 

@@ -31,6 +31,10 @@ inline Vec load(const T* p) {
   return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
 }
 
+inline Vec load(const std::int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+
 inline Vec load_first(const float* p, Index count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane))};

@@ -18,6 +18,10 @@ constexpr Index kSumRows = 8;
 
 inline Vec widened(__m256i bits, Half) { return {_mm512_cvtph_ps(bits)}; }
 
+inline Vec load(const std::int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
 inline Vec widened(__m256i bits, Bfloat) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }

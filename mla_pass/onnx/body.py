@@ -9,7 +9,8 @@ key_rank columns of the latent, values the last w = rank - value_offset.
 Inputs
     query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map; without key_up n = k
     row [B, S, r+p]          new rows [latent, rope real parts, rope imaginary parts], not yet rotated
-    past_latent [B, 1, C, r], past_rope [B, 1, C, p]
+    past_latent [B, 1, C, r], past_rope [B, 1, C, p]: of the model's type, of 16 bits, or int8 with four codes behind
+        each row (mla_pass.storage)
     cos, sin [max, R/2]      float32 table of every frequency of the site's rope
     position_ids [B or 1, S] int64: position of each new token, for the cached rotation
     total_length [1]         int64, T: the new rows are rows T-S..T-1 of the cache
@@ -40,6 +41,7 @@ import onnx_ir as ir
 from mla_pass.fold.arithmetic import band_flops
 from mla_pass.fold.bands import levels_of
 from mla_pass.onnx.ops import Ops
+from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_of
 
 DOMAIN = "mla_pass"
 OP_TYPE = "LatentAttention"
@@ -83,6 +85,9 @@ class Variant:
     key_up: bool
     value_up: bool
     shared_buffer: bool
+    latent_dtype: str
+    rope_dtype: str
+    """What the two parts of a row are stored as: `same` as the model, float16, bfloat16 or int8."""
 
     @property
     def levels(self) -> list[tuple[int, int, int]]:
@@ -153,9 +158,12 @@ class Body:
         latent, rope, presents = self.write_rows()
         nope, rope_query = self.split_query()
         self.many = o("GreaterOrEqual", self.new, o.ints(v.expand_from))
-        scores = o("MatMul", rope_query, o("Transpose", rope, perm=[0, 1, 3, 2]))  # [B, 1, H*S, T]
+        parts = []
+        if v.rope_dim:
+            parts.append(o("MatMul", rope_query, o("Transpose", rope, perm=[0, 1, 3, 2])))  # [B, 1, H*S, T]
         if v.nope_dim:
-            scores = o("Add", scores, self.nope_scores(nope, self.columns_between(latent, 0, v.key_rank)))
+            parts.append(self.nope_scores(nope, self.columns_between(latent, 0, v.key_rank)))
+        scores = o("Add", *parts) if len(parts) == 2 else parts[0]
         context = self.context(self.softmax(scores), self.columns_between(latent, v.value_offset, v.rank))
         outputs = [context, *presents]
         for value, name in zip(outputs, ("context", "present_latent", "present_rope"), strict=True):
@@ -213,19 +221,56 @@ class Body:
         o.nodes.append(node)
         self.angles = [self.columns(o, i[table], i["position_ids"], index) for table in ("cos", "sin")]
         latent = o.cut(i["row"], 0, v.rank, 2)
-        rope = self.turn_rope(o.cut(i["row"], v.rank, v.rank + v.rope_dim, 2), ())
+        rope = o.cut(i["row"], v.rank, v.rank + v.rope_dim, 2)
+        rope = self.turn_rope(rope, ()) if v.rope_dim else rope
         live, presents = [], []
-        for past, new in ((i["past_latent"], latent), (i["past_rope"], rope)):
-            new = o.unsqueeze(new, 1)
+        parts = (("past_latent", latent, v.rank, v.latent_dtype), ("past_rope", rope, v.rope_dim, v.rope_dtype))
+        for name, new, width, dtype in parts:
+            past, new = i[name], self.packed(o.unsqueeze(new, 1), i[name], width, dtype)
             if v.shared_buffer:
                 # ScatterND, unlike Concat, writes in place when past and present are bound to one buffer.
                 present = o("ScatterND", past, self.row_index(), new)
-                live.append(o.cut(present, o.ints(0), self.total, 2))
+                rows = o.cut(present, o.ints(0), self.total, 2)
             else:
-                present = o("Concat", past, new, axis=2)
-                live.append(present)
+                rows = present = o("Concat", past, new, axis=2)
+            live.append(self.unpacked(rows, width, dtype))
             presents.append(present)
         return live[0], live[1], (presents[0], presents[1])
+
+    def packed(self, x: ir.Value, past: ir.Value, width: int, dtype: str) -> ir.Value:
+        """Rows [B, 1, S, width] as they are stored in `past`; 8 bits as in `mla_pass.storage.encoded`."""
+        o = self.o
+        if dtype == "same":
+            return x
+        if dtype != "int8":
+            return o("CastLike", x, past)
+        length = max(1, -(-width // SEGMENTS))
+        x = o("Cast", x, to=ir.DataType.FLOAT)
+        padded = o("Pad", x, o.ints(0, SEGMENTS * length - width), None, o.ints(3))
+        parts = o.reshape(padded, 0, 0, 0, SEGMENTS, length)
+        top = o("ReduceMax", o("Abs", parts), o.ints(4), keepdims=0)  # [B, 1, S, 4]
+        # A segment of zeros has the logarithm -inf, and gets the least code.
+        code = o("Mul", o("Log", o("Div", top, o.floats(LARGEST))), o.floats(OCTAVE / np.log(2)))
+        code = o("Clip", o("Ceil", code), o.floats(-128), o.floats(127))
+        whole = o("Round", o("Div", parts, o.unsqueeze(self.step(code), 4)))
+        whole = o.reshape(o("Clip", whole, o.floats(-LARGEST), o.floats(LARGEST)), 0, 0, 0, SEGMENTS * length)
+        return o("Cast", o("Concat", o.cut(whole, 0, width, 3), code, axis=3), to=ir.DataType.INT8)
+
+    def unpacked(self, rows: ir.Value, width: int, dtype: str) -> ir.Value:
+        """The numbers [B, 1, T, width] of stored rows, in the model's type; as `mla_pass.storage.decoded`."""
+        o = self.o
+        if dtype == "same":
+            return rows
+        if dtype != "int8":
+            return o("CastLike", rows, self.inputs["query"])
+        code = o("Cast", o.cut(rows, width, width + SEGMENTS, 3), to=ir.DataType.FLOAT)
+        scale = o("Gather", self.step(code), o.ints(*segment_of(width).tolist()), axis=3)
+        whole = o("Cast", o.cut(rows, 0, width, 3), to=ir.DataType.FLOAT)
+        return o("CastLike", o("Mul", whole, scale), self.inputs["query"])
+
+    def step(self, code: ir.Value) -> ir.Value:
+        """2^(code / 8), float32."""
+        return self.o("Exp", self.o("Mul", code, self.o.floats(np.log(2) / OCTAVE)))
 
     def row_index(self) -> ir.Value:
         """Where the new rows go: (batch, 0, row) for each, [B, 1, S, 3]."""
@@ -251,9 +296,11 @@ class Body:
             )
             query = o("MatMul", query, i["query_map"])
         query = o.reshape(query, 0, v.kv_groups, -1, width)
-        rope = o.reshape(o.cut(query, v.nope_dim, width, 3), 0, v.num_heads, -1, v.rope_dim)
-        rope = o.reshape(self.turn_rope(rope, (1,)), 0, 1, -1, v.rope_dim)
-        return o.cut(query, 0, v.nope_dim, 3), rope
+        nope, rope = o.cut(query, 0, v.nope_dim, 3), o.cut(query, v.nope_dim, width, 3)
+        if v.rope_dim:
+            rope = self.turn_rope(o.reshape(rope, 0, v.num_heads, -1, v.rope_dim), (1,))
+            rope = o.reshape(rope, 0, 1, -1, v.rope_dim)
+        return nope, rope
 
     def nope_scores(self, nope: ir.Value, latent: ir.Value) -> ir.Value:
         """Scores of everything that is not cached rotated, [B, 1, H*S, T]; `latent` holds the keys' columns, k."""
@@ -375,8 +422,8 @@ class Body:
         """One level's latent queries of each order: [B, H*S, blocks, k+1] from pairs [B, H, S, 2m]."""
         v, (a, b, m) = self.v, span
         columns = o.ints(*v.band_index[a:b])
-        ahead = o("Max", o("Sub", o.unsqueeze(self.rows, 1), o.unsqueeze(first, 0)), o.ints(0))  # [S, blocks]
-        angles = [o("CastLike", self.columns(o, self.inputs[t], ahead, columns), pairs) for t in ("cos", "sin")]
+        distance = o("Sub", o.unsqueeze(self.rows, 1), o.unsqueeze(first, 0))  # [S, blocks]
+        angles = self.angles_at(o, distance, columns, pairs)
         re, im = (o.unsqueeze(o.cut(pairs, x + a, x + b, 3), 3) for x in (0, m))
         turned = o("Concat", *self.turn(o, re, im, *angles), axis=-1)  # [B, H, S, blocks, 2*pairs]
         absorbed = o("MatMul", o.reshape(turned, 0, v.kv_groups, -1, 2 * (b - a)), table)
@@ -385,6 +432,17 @@ class Body:
         if not v.order:
             return [absorbed]
         return list(o.outputs("Split", absorbed, count=2, axis=3, num_outputs=2))
+
+    def angles_at(self, o: Ops, distance: ir.Value, columns: ir.Value, like: ir.Value) -> list[ir.Value]:
+        """cos and sin [*distance, columns], of any sign where a query may look ahead."""
+        cos, sin = (self.inputs[table] for table in ("cos", "sin"))
+        if self.v.causal:  # a block ahead is hidden, whatever its angle
+            there = o("Max", distance, o.ints(0))
+            return [o("CastLike", self.columns(o, table, there, columns), like) for table in (cos, sin)]
+        there = o("Abs", distance)
+        sign = o.unsqueeze(o("Cast", o("Sign", distance), to=ir.DataType.FLOAT), -1)
+        turned = self.columns(o, cos, there, columns), o("Mul", self.columns(o, sin, there, columns), sign)
+        return [o("CastLike", x, like) for x in turned]
 
     def hand_down(
         self,
@@ -433,16 +491,17 @@ class Body:
         if v.softcap:
             cap = o("CastLike", o.floats(v.softcap), scores)
             scores = o("Mul", o("Tanh", o("Div", scores, cap)), cap)
-        if v.bias:
-            scores = o("Add", scores, i["attention_bias"])
-            weights = o("Softmax", scores, axis=-1)
-            return o("Where", o("IsNaN", weights), o("CastLike", o.floats(0.0), weights), weights)
+        zero, hidden = (o("CastLike", o.floats(x), scores) for x in (0.0, -np.inf))
         keep = self.keep()
-        if keep is None:
-            return o("Softmax", scores, axis=-1)
-        scores = o("Where", keep, scores, o("CastLike", o.floats(-np.inf), scores))
-        weights = o("Softmax", scores, axis=-1)
-        return o("Where", keep, weights, o("CastLike", o.floats(0.0), weights))
+        if keep is not None:
+            scores = o("Where", keep, scores, hidden)
+        if not v.bias:
+            weights = o("Softmax", scores, axis=-1)
+            return weights if keep is None else o("Where", keep, weights, zero)
+        scores = o("Add", scores, i["attention_bias"])
+        # A row that sees nothing has no largest score; a score that is no number must not pass for that.
+        blind = o("Equal", o("ReduceMax", scores, o.ints(-1), keepdims=1), hidden)
+        return o("Where", blind, zero, o("Softmax", scores, axis=-1))
 
     def keep(self) -> ir.Value | None:
         """Which keys each new token sees, boolean, broadcasts to [B, 1, S, T]; None for all."""

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from mla_pass.budget import Split, choose_splits
 from mla_pass.config import MlaConfig
-from mla_pass.errors import BudgetTooSmall, MlaPassError
+from mla_pass.errors import BudgetTooSmall, LossUnreachable, MlaPassError
 from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare_layouts
 from mla_pass.onnx.absorb import choose_absorption
 from mla_pass.onnx.emit import Conversion, Emitter
@@ -25,6 +25,7 @@ from mla_pass.onnx.probe import Excess, Probe, can_probe
 from mla_pass.patterns import find_sites
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
+from mla_pass.storage import CacheDtype, row_format
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -36,6 +37,8 @@ BUDGETS = tuple(i / 16 for i in range(1, 17))
 """Cache sizes that a largest loss is looked for among."""
 PRICES = tuple(10.0**-e for e in (-3, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4))
 """Prices of arithmetic, in units of a pair's mean energy: from no block rotation at all to hardly any error."""
+CACHE_DTYPES: tuple[CacheDtype, ...] = ("same", "int8")
+"""Types of the latents that `auto` chooses between."""
 UNLIKELY_LOSS = 6.0
 """Nats per token beyond which a text is hardly one that the model was trained for: a perplexity of 400."""
 OVERFIT_RATIO, OVERFIT_FLOOR = 2.0, 0.01
@@ -72,12 +75,12 @@ class Chooser:
         """Fold every site as `config` says, its mix given or the usual one."""
         if self._last is not None and self._last[0] == config:
             return self._last[1]
-        options = self.options(config)
-        splits = choose_splits(options, config)
+        formats = [row_format(site.dtype, config.cache_dtype, config.rope_dtype) for site in self.sites]
+        splits = choose_splits(self.options(config), formats, config)
         self.progress("folding", 0, len(splits))
         conversions = []
-        for site, weights in zip(self.sites, self.each(folded, splits), strict=True):
-            conversions.append(Conversion(site, weights, choose_absorption(site, weights, config.absorb)))
+        for site, row, weights in zip(self.sites, formats, self.each(folded, splits), strict=True):
+            conversions.append(Conversion(site, weights, choose_absorption(site, weights, config.absorb), row))
             self.progress("folding", len(conversions), len(splits))
         self._last = config, conversions
         return conversions
@@ -110,10 +113,17 @@ class Chooser:
                     "max_loss needs conversions that ONNX Runtime's CPU can run from memory, float32 or float16 and "
                     "below 2 GB of attention weights, and held-out text; give a budget instead"
                 )
+            if config.cache_dtype == "auto":
+                raise MlaPassError(
+                    "cache_dtype auto needs conversions that ONNX Runtime's CPU can run from memory, float32 or "
+                    "float16 and below 2 GB of attention weights, and held-out text; give a type instead"
+                )
             if config.metric_mix is None:
                 notes.append(f"metric_mix is the usual {USUAL_MIX}: conversions cannot be tried out here.")
             return Settled(mixed(config), None, tuple(notes))
-        if config.max_loss is not None:
+        if config.cache_dtype == "auto":
+            config = self.best_dtype(config)
+        elif config.max_loss is not None:
             config = self.smallest(config)
         if config.metric_mix is None:
             config = self.best_mix(config)
@@ -138,6 +148,25 @@ class Chooser:
             )
         return told
 
+    def best_dtype(self, config: MlaConfig) -> MlaConfig:
+        """The type of the latents that loses least at equal bytes or, under a largest loss, takes fewest bytes."""
+        candidates = [replace(config, cache_dtype=dtype) for dtype in CACHE_DTYPES]
+        if config.max_loss is None:
+            tried = []
+            for done, candidate in enumerate(candidates):
+                self.progress("choosing the cache's type on held-out text", done, len(candidates))
+                tried.append((self.excess(mixed(candidate)).mean, done))
+            self.progress("choosing the cache's type on held-out text", len(candidates), len(candidates))
+            return candidates[min(tried)[1]]
+        sized: list[MlaConfig] = []
+        for candidate in candidates:
+            try:
+                sized.append(self.smallest(candidate))
+            except LossUnreachable:
+                if candidate is candidates[-1] and not sized:
+                    raise
+        return min(sized, key=lambda each: each.budget)
+
     def best_mix(self, config: MlaConfig) -> MlaConfig:
         """The mix that loses least on held-out text."""
         if config.rank is None and config.budget == 1.0:  # nothing is cut, so that no metric matters
@@ -157,7 +186,9 @@ class Chooser:
         low, high = -1, len(candidates) - 1
         best = self.excess(mixed(candidates[high]))
         if best.mean > limit:
-            raise MlaPassError(f"no cache keeps the loss within {limit} nats per token; the full size reaches {best}")
+            raise LossUnreachable(
+                f"no cache keeps the loss within {limit} nats per token; the full size reaches {best}"
+            )
         while high - low > 1:
             middle = (low + high) // 2
             self.progress("looking for the smallest cache", len(BUDGETS) - (high - low), len(BUDGETS))

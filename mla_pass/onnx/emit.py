@@ -24,19 +24,22 @@ from mla_pass.onnx.absorb import Absorption
 from mla_pass.onnx.body import DOMAIN, OP_TYPE, Body, Variant, node_attributes
 from mla_pass.onnx.ops import Ops
 from mla_pass.site import AttentionSite, Branch, Rope
+from mla_pass.storage import RowFormat, stored_width
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+STORED = DTYPES | {"int8": np.dtype(np.int8)}
 OVERLOADS_SINCE_IR = 10
 OLDEST_OPSET = 18
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One site, what it was folded to, and where its up-projections go."""
+    """One site, what it was folded to, where its up-projections go, and how its rows are stored."""
 
     site: AttentionSite
     weights: LatentWeights
     absorption: Absorption
+    row: RowFormat
 
 
 class Emitter:
@@ -86,7 +89,7 @@ class Emitter:
         """Build the new nodes of a site and hand its context over."""
         site, weights = conversion.site, conversion.weights
         ops = Ops(f"/{site.name.replace('.', '/')}/LatentAttention/")
-        latent, rope = self.cache_inputs(site, weights)
+        latent, rope = self.cache_inputs(conversion)
         total = self.total_length(site, latent, front)
         variant = self.variant(conversion)
         inputs = [
@@ -204,6 +207,8 @@ class Emitter:
             padding=site.mask.kind == "structured" and site.mask.padding is not None,
             bias=site.mask.kind == "additive", query_map=not plan.query_map,
             key_up=not plan.key_up and w.nope_dim > 0, value_up=not plan.value_up, shared_buffer=self.shared_buffer,
+            latent_dtype="same" if conversion.row.latent == site.dtype else conversion.row.latent,
+            rope_dtype="same" if conversion.row.rope == site.dtype else conversion.row.rope,
         )  # fmt: skip
 
     def function(self, variant: Variant) -> ir.Function:
@@ -252,16 +257,17 @@ class Emitter:
                 )
         return self.total
 
-    def cache_inputs(self, site: AttentionSite, w: LatentWeights) -> tuple[ir.Value, ir.Value]:
+    def cache_inputs(self, conversion: Conversion) -> tuple[ir.Value, ir.Value]:
         """New graph inputs past.{layer}.latent and .rope in place of past keys and values."""
-        inputs, dtype = self.graph.inputs, ir.DataType.from_numpy(DTYPES[site.dtype])
+        site, w, row, inputs = conversion.site, conversion.weights, conversion.row, self.graph.inputs
         rows = "capacity" if self.shared_buffer else "past"
         batch = site.cache.past_key.shape[0]
         made = [
             ir.Value(
-                name=f"past.{site.layer}.{kind}", shape=ir.Shape([batch, 1, rows, width]), type=ir.TensorType(dtype)
+                name=f"past.{site.layer}.{kind}", shape=ir.Shape([batch, 1, rows, stored_width(numbers, dtype)]),
+                type=ir.TensorType(ir.DataType.from_numpy(STORED[dtype])),
             )
-            for kind, width in (("latent", w.rank), ("rope", w.rope_dim))
+            for kind, numbers, dtype in (("latent", w.rank, row.latent), ("rope", w.rope_dim, row.rope))
         ]
         for old, new in zip((site.cache.past_key, site.cache.past_value), made, strict=True):
             inputs[inputs.index(old)] = new

@@ -13,7 +13,7 @@ from mla_pass.onnx.emit import DTYPES
 from mla_pass.onnx.instrument import open_session
 from mla_pass.onnx.io import external_tensors
 from mla_pass.onnx.perplexity import token_losses
-from mla_pass.onnx.session import ort_errors, read_ports
+from mla_pass.onnx.session import allocate, ort_errors, read_ports
 from mla_pass.site import AttentionSite
 
 LARGEST_BYTES = 2_000_000_000
@@ -79,16 +79,16 @@ def window_losses(model: ir.Model, windows: np.ndarray) -> np.ndarray:
     session = open_session(ir.to_proto(model), folders.pop() if folders else None)
     cache, tokens, logits = read_ports(session.get_inputs(), session.get_outputs())
     length = windows.shape[1] - 1
-    feeds = {
-        tensor.past: np.zeros((1, tensor.heads, length if tensor.kind == "shared" else 0, tensor.width), tensor.dtype)
-        for tensor in cache.tensors
-    }
+    import onnxruntime
+
+    feeds = {tensor.past: allocate(tensor, 1, length if tensor.kind == "shared" else 0) for tensor in cache.tensors}
+    value_of = onnxruntime.OrtValue.ortvalue_from_numpy
     losses = []
     for window in windows:
         ids = window[None, :-1]
         given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(length)[None]}
-        feeds |= {name: given[name].astype(dtype) for name, dtype in tokens.items()}
+        feeds |= {name: value_of(given[name].astype(dtype)) for name, dtype in tokens.items()}
         with ort_errors("ONNX Runtime could not run the model on held-out text"):
-            (found,) = session.run([logits.name], feeds)
-        losses.append(float(token_losses(found[0], window[1:]).mean()))
+            (found,) = session.run_with_ort_values([logits.name], feeds)
+        losses.append(float(token_losses(found.numpy()[0], window[1:]).mean()))
     return np.array(losses)

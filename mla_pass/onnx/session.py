@@ -3,7 +3,7 @@
 Original and converted models are read the same way, from the graph's inputs and outputs alone:
 
 - integer inputs are tokens: ``input_ids`` [B, S], ``attention_mask`` [B, T], ``position_ids`` [B, S];
-- floating-point inputs of rank 4, [B, heads, rows, width], are the cache; so are the outputs of that kind;
+- inputs of rank 4, [B, heads, rows, width], of floats or int8, are the cache; so are the outputs of that kind;
 - the output left over is the logits [B, S, vocab].
 
 Cache inputs pair with cache outputs by what follows the first dot of their names where that is one to one
@@ -39,6 +39,7 @@ _FLOATS: dict[str, np.dtype] = {
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
     "tensor(double)": np.dtype(np.float64),
 }
+_CACHED = _FLOATS | {"tensor(int8)": np.dtype(np.int8)}
 _INTEGERS: dict[str, np.dtype] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 _DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda"}
 
@@ -191,15 +192,15 @@ def read_ports(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[CacheSpec
 
     Returns the cache, the token inputs with their types, and the output that is the logits.
     """
-    pasts = [port for port in inputs if port.type in _FLOATS and len(port.shape) == 4]
-    presents = [port for port in outputs if port.type in _FLOATS and len(port.shape) == 4]
+    pasts = [port for port in inputs if port.type in _CACHED and len(port.shape) == 4]
+    presents = [port for port in outputs if port.type in _CACHED and len(port.shape) == 4]
     rest = [port for port in inputs if port not in pasts]
     for port in rest:
         if port.name not in TOKEN_INPUTS or port.type not in _INTEGERS:
             raise MlaPassError(
                 f"graph input {port.name} is {port.type} {port.shape}; expected integers named one of "
-                f"{', '.join(TOKEN_INPUTS)} or a cache of floats [batch, heads, rows, width]; export the model with "
-                "mla-pass export"
+                f"{', '.join(TOKEN_INPUTS)} or a cache of floats or int8 [batch, heads, rows, width]; export the model "
+                "with mla-pass export"
             )
     logits = [port for port in outputs if port not in presents]
     if len(logits) != 1 or logits[0].type not in _FLOATS or len(logits[0].shape) != 3:
@@ -236,7 +237,7 @@ def _pair(past: Any, present: Any) -> CacheTensor:
             f"{present.shape}; expected equal types, heads and widths"
         )
     shared = rows is not None and rows == present.shape[2]
-    return CacheTensor(past.name, present.name, heads, width, _FLOATS[past.type], "shared" if shared else "growing")
+    return CacheTensor(past.name, present.name, heads, width, _CACHED[past.type], "shared" if shared else "growing")
 
 
 def _describe(ort: Any, path: Path, device: str, fused: bool) -> ModelSession:
@@ -419,15 +420,20 @@ class Decoder:
         return positions
 
     def _allocate(self, tensor: CacheTensor, rows: int) -> Any:
-        """Zeros on the CPU; on another device rows as they come, which is fine as nobody reads a row not written."""
-        value = _onnxruntime().OrtValue.ortvalue_from_shape_and_type(
-            [self.batch, tensor.heads, rows, tensor.width],
-            int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)),
-            self.session.device,
-        )
-        if rows and self.session.device == "cpu":
-            ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
-        return value
+        return allocate(tensor, self.batch, rows, self.session.device)
+
+
+def allocate(tensor: CacheTensor, batch: int, rows: int, device: str = "cpu") -> Any:
+    """An OrtValue for a cache: zeros on the CPU; on another device rows as they come, as nobody reads one not written.
+
+    Every type that ONNX Runtime has will do, those that numpy lacks included.
+    """
+    kind = int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype))
+    shape = [batch, tensor.heads, rows, tensor.width]
+    value = _onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, device)
+    if rows and device == "cpu":
+        ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+    return value
 
 
 def as_ids(input_ids: npt.ArrayLike, vocab: int | None) -> np.ndarray:

@@ -25,6 +25,7 @@ from mla_pass.pytorch.ops import Attributes, Operator, operator
 _PORT_TYPES = {
     ir.DataType.FLOAT: "float", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.DOUBLE: "double", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32",
+    ir.DataType.INT8: "int8",
 }  # fmt: skip
 _TYPE_ATTRIBUTES = {"to", "dtype"}
 
@@ -165,13 +166,16 @@ class TorchGraph:
             "position_ids": torch.arange(length, device=ids.device).expand(batch, length),
         }  # fmt: skip
         pasts = {
-            tensor.past: (batch, tensor.heads, length if tensor.kind == "shared" else 0, tensor.width)
+            tensor.past: torch.zeros(
+                (batch, tensor.heads, length if tensor.kind == "shared" else 0, tensor.width),
+                dtype=torch.int8 if tensor.dtype == np.int8 else self.dtype, device=ids.device,
+            )
             for tensor in self.cache.tensors
-        }
+        }  # fmt: skip
         return {
             value: tokens[str(value.name)]
             if value.name in tokens
-            else torch.zeros(pasts[str(value.name)], dtype=self.dtype, device=ids.device)
+            else pasts[str(value.name)]
             for value in self._inputs
         }
 

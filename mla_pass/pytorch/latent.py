@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mla_pass.onnx.body import INPUTS
 from mla_pass.pytorch.attention import attend
+from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_of
 
 
 def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -36,11 +37,8 @@ class _Node:
         """Write the rows, attend over the live ones."""
         a, given = self.a, self.given
         latent, rope = given["row"].split([a["rank"], a["rope_dim"]], dim=-1)
-        presents = [
-            self.written(given["past_latent"], latent[:, None]),
-            self.written(given["past_rope"], turn(rope, *self.angles())[:, None]),
-        ]
-        latent, rope = (present[:, :, : self.total] for present in presents)
+        parts = (("past_latent", latent), ("past_rope", turn(rope, *self.angles())))
+        (latent, rope), presents = zip(*(self.stored(name, new[:, None]) for name, new in parts), strict=True)
         keys = self.keys(latent[..., : a["key_rank"]])
         key = torch.cat([keys, rope.expand(-1, keys.shape[1], -1, -1)], -1)
         value = latent[..., a["value_offset"] :]
@@ -49,10 +47,20 @@ class _Node:
         context = attend(self.query(), key, value, scale=a["scale"], softcap=a["softcap"], mask=mask, causal=causal)
         return context.transpose(1, 2).reshape(self.batch, self.new, -1), *presents
 
-    def written(self, past: Tensor, new: Tensor) -> Tensor:
-        """The cache with the new rows [B, 1, S, .] as rows T-S..T-1; a growing one ends there."""
+    def stored(self, name: str, new: Tensor) -> tuple[Tensor, Tensor]:
+        """The T live rows as numbers, and the cache with the new rows [B, 1, S, .] as rows T-S..T-1.
+
+        A growing cache ends there. Rounding to 8 bits passes gradients as they come.
+        """
+        past = self.given[name]
+        before = past[:, :, : self.total - self.new]
         after = past[:, :, self.total :] if self.a["shared_buffer"] else past[:, :, :0]
-        return torch.cat([past[:, :, : self.total - self.new], new, after], 2)
+        if past.dtype != torch.int8:
+            present = torch.cat([before, new, after], 2)
+            return present[:, :, : self.total], present
+        rows = encoded(new.detach())
+        seen = new + (decoded(rows, new.dtype) - new).detach()
+        return torch.cat([decoded(before, new.dtype), seen], 2), torch.cat([before, rows, after], 2)
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, S, p/2] of the new tokens' cached rotation."""
@@ -134,3 +142,20 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply x [..., 2k], k real parts before k imaginary parts, by cos + j sin [..., k]."""
     re, im = x.chunk(2, -1)
     return torch.cat(turned(re, im, cos, sin), -1) if x.shape[-1] else x
+
+
+def encoded(x: Tensor) -> Tensor:
+    """Eight-bit rows [..., n + 4] of numbers [..., n]; see `mla_pass.storage.encoded`."""
+    n = x.shape[-1]
+    length = max(1, -(-n // SEGMENTS))
+    parts = torch.nn.functional.pad(x, (0, SEGMENTS * length - n)).unflatten(-1, (SEGMENTS, length))
+    code = torch.ceil(OCTAVE * torch.log2(parts.abs().amax(-1) / LARGEST)).clamp(-128, 127)
+    whole = torch.round(parts / torch.exp2(code / OCTAVE)[..., None]).clamp(-LARGEST, LARGEST)
+    return torch.cat([whole.flatten(-2)[..., :n], code], -1).to(torch.int8)
+
+
+def decoded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [..., n] of eight-bit rows [..., n + 4]; see `mla_pass.storage.decoded`."""
+    n = rows.shape[-1] - SEGMENTS
+    scale = torch.exp2(rows[..., n:].to(dtype) / OCTAVE)
+    return rows[..., :n].to(dtype) * scale[..., torch.from_numpy(segment_of(n)).to(rows.device)]

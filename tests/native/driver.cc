@@ -70,7 +70,7 @@ struct Buffer {
     data.reset(new std::byte[count * sizeof(T)]);
     for (std::size_t i = 0; i < count; ++i) {
       T x;
-      if constexpr (std::is_same_v<T, std::int64_t>) {
+      if constexpr (std::is_integral_v<T>) {
         x = static_cast<T>(values[i]);
       } else {
         scalar::narrow(static_cast<float>(values[i]), &x);
@@ -87,6 +87,28 @@ double at(const void* data, Index i) {
   return static_cast<double>(scalar::to_float(x));
 }
 
+template <class T>
+constexpr Type number_of() {
+  if constexpr (std::is_same_v<T, std::int64_t>) return Type::int64;
+  else if constexpr (std::is_same_v<T, std::int8_t>) return Type::int8;
+  else return type_of<T>();
+}
+
+// Calls work with a value of the type that a cache is stored as.
+template <class Work>
+auto with_type(Type type, const Work& work) {
+  switch (type) {
+    case Type::float16:
+      return work(Half{});
+    case Type::bfloat16:
+      return work(Bfloat{});
+    case Type::int8:
+      return work(std::int8_t{});
+    default:
+      return work(float{});
+  }
+}
+
 // A random node with its inputs, outputs and, in plain loops, what they mean.
 template <class T>
 struct Node {
@@ -94,6 +116,7 @@ struct Node {
   Inputs in{};
   Buffer buffer[kInputs], context, present[2];
   Index batch, fresh, total, capacity, angles;
+  Type stored[2];  // of latents and rope parts
 
   explicit Node(Random& random) {
     a.kv_groups = random.pick({1, 2, 3});
@@ -118,8 +141,12 @@ struct Node {
     a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(width + 1)));
     give(kQuery, random, {batch, fresh, a.num_heads * head});
     give(kRow, random, {batch, fresh, a.rank + a.rope_dim});
-    give(kPastLatent, random, {batch, 1, capacity, a.rank});
-    give(kPastRope, random, {batch, 1, capacity, a.rope_dim});
+    for (Type& type : stored) {
+      type = static_cast<Type>(random.pick({static_cast<Index>(type_of<T>()), static_cast<Index>(Type::float16),
+                                            static_cast<Index>(Type::bfloat16), static_cast<Index>(Type::int8)}));
+    }
+    give_cache(kPastLatent, random, stored[0], a.rank);
+    give_cache(kPastRope, random, stored[1], a.rope_dim);
     give_tables(random);
     if (random.chance(0.5)) give_mask(random);
     if (random.chance(0.3)) {
@@ -160,10 +187,30 @@ struct Node {
     tensor.data = buffer[input].data.get();
     tensor.rank = 0;
     for (const Index dim : dims) tensor.dims[static_cast<std::size_t>(tensor.rank++)] = dim;
-    const Kind kind = kind_of(input);
-    tensor.type = static_cast<int>(kind == Kind::int64     ? Type::int64
-                                   : kind == Kind::float32 ? Type::float32
-                                                           : type_of<T>());
+    tensor.type = static_cast<int>(number_of<U>());
+  }
+
+  // Numbers of about 0.5, or whole ones and the codes of steps that make them such.
+  void give_cache(Input input, Random& random, Type type, Index numbers) {
+    const Index width = stored_width(numbers, type);
+    std::vector<double> values(static_cast<std::size_t>(batch * capacity * width));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const bool code = static_cast<Index>(i) % width >= numbers;
+      values[i] = code                 ? static_cast<double>(random.below(16) - 60)
+                  : type == Type::int8 ? static_cast<double>(random.below(255) - 127)
+                                       : 0.5 * random.normal();
+    }
+    with_type(type, [&](auto x) { put<decltype(x)>(input, values, {batch, 1, capacity, width}); });
+  }
+
+  // A number of a present.
+  double number(int part, Index row, Index column) const {
+    const Index numbers = part == 0 ? a.rank : a.rope_dim, width = stored_width(numbers, stored[part]);
+    const void* data = present[part].data.get();
+    const double x = with_type(stored[part], [&](auto kind) { return at<decltype(kind)>(data, row * width + column); });
+    if (stored[part] != Type::int8) return x;
+    const Index segment = column / ((numbers + 3) / 4);
+    return x * std::exp2(at<std::int8_t>(data, row * width + numbers + segment) / 8);
   }
 
   void give(Input input, Random& random, std::initializer_list<Index> dims) {
@@ -236,12 +283,12 @@ struct Node {
     for (Index i = 0; i < n; ++i) {
       double& x = key[static_cast<std::size_t>(i)];
       if (!in[kKeyUp].given) {
-        x = at<T>(present[0].data.get(), present_row * a.rank + i);
+        x = number(0, present_row, i);
         continue;
       }
       x = input(kKeyMean, group * n + i);
       for (Index c = 0; c < a.key_rank; ++c) {
-        x += input(kKeyUp, (group * n + i) * a.key_rank + c) * at<T>(present[0].data.get(), present_row * a.rank + c);
+        x += input(kKeyUp, (group * n + i) * a.key_rank + c) * number(0, present_row, c);
       }
     }
     double out = 0;
@@ -263,9 +310,8 @@ struct Node {
     const std::int64_t position = in[kPositionIds].template as<std::int64_t>()[sequence * fresh + s];
     for (Index i = 0; i < half; ++i) {
       const Complex turn = angle(position, a.rope_index[static_cast<std::size_t>(i)]);
-      const void* rope = present[1].data.get();
       out += (std::conj(Complex(dim(n + i), dim(n + half + i)) * turn) *
-              Complex(at<T>(rope, present_row * a.rope_dim + i), at<T>(rope, present_row * a.rope_dim + half + i)))
+              Complex(number(1, present_row, i), number(1, present_row, half + i)))
                  .real();
     }
     out *= a.scale;
@@ -292,7 +338,7 @@ struct Node {
     std::vector<double> mixed(static_cast<std::size_t>(w));
     for (Index t = 0; t < total; ++t) {
       for (Index c = 0; c < w; ++c) {
-        const double x = at<T>(present[0].data.get(), (b * size.capacity + t) * a.rank + a.value_offset + c);
+        const double x = number(0, b * size.capacity + t, a.value_offset + c);
         mixed[static_cast<std::size_t>(c)] += mass > 0 ? weight[static_cast<std::size_t>(t)] * x / mass : 0;
       }
     }
@@ -331,12 +377,15 @@ void check_node(Random& random, double tolerance) {
   Node<T> node(random);
   const Layout layout = checked(node.a);
   const Sizes size = checked(layout, node.in, type_of<T>());
-  const auto sized = [](Buffer& buffer, Index count) {
-    buffer.template fill<T>(std::vector<double>(static_cast<std::size_t>(count), NAN));
+  const auto sized = [](Buffer& buffer, Type type, Index count) {
+    const std::vector<double> unwritten(static_cast<std::size_t>(count), type == Type::int8 ? -128.0 : NAN);
+    with_type(type, [&](auto x) { buffer.template fill<decltype(x)>(unwritten); });
   };
-  sized(node.context, size.batch * size.fresh * size.heads * size.value_dim);
-  sized(node.present[0], size.batch * size.capacity * size.rank);
-  sized(node.present[1], size.batch * size.capacity * size.rope_dim);
+  sized(node.context, type_of<T>(), size.batch * size.fresh * size.heads * size.value_dim);
+  for (int part = 0; part < 2; ++part) {
+    sized(node.present[part], node.stored[part],
+          size.batch * size.capacity * node.in[part == 0 ? kPastLatent : kPastRope].dims[3]);
+  }
   const Outputs outputs = {node.context.data.get(), node.present[0].data.get(), node.present[1].data.get()};
   Index workers = random.pick({1, 2, 3});
   const Threads threads = {&workers, run_on_threads, workers};
@@ -399,9 +448,10 @@ void check_no_allocation() {
     Node<Half> node(random);
     const Layout layout = checked(node.a);
     const Sizes size = checked(layout, node.in, Type::float16);
-    std::vector<Half> context(static_cast<std::size_t>(size.batch * size.fresh * size.heads * size.value_dim)),
-        latent(static_cast<std::size_t>(size.batch * size.capacity * size.rank)),
-        rope(static_cast<std::size_t>(size.batch * size.capacity * size.rope_dim));
+    // Room for the widest type that a row may be stored as.
+    std::vector<float> context(static_cast<std::size_t>(size.batch * size.fresh * size.heads * size.value_dim)),
+        latent(static_cast<std::size_t>(size.batch * size.capacity * (size.rank + 4))),
+        rope(static_cast<std::size_t>(size.batch * size.capacity * (size.rope_dim + 4)));
     const Outputs outputs = {context.data(), latent.data(), rope.data()};
     for (const Index workers : {Index{1}, Index{8}}) {
       const Threads threads = {nullptr, run_here, workers};

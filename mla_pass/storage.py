@@ -1,0 +1,94 @@
+"""How cached rows lie in memory: their element types, widths and bytes, and the 8-bit code.
+
+A row's latent and its rotated part are two tensors, each of the model's own type, of 16 bits, or of 8. Eight-bit rows
+hold n whole numbers in [-127, 127], in four segments of ceil(n / 4), and behind them a code c for each segment:
+x = q 2^(c / 8). A code is the least whole one with which the largest number of its segment fits, so that a step is at
+most 1/116 of it; nothing else is stored, and nothing is calibrated. Latents suit it: calibration scaled their channels
+to unit variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+SEGMENTS = 4
+"""Scales of an 8-bit row; four of them keep its width a multiple of four bytes."""
+LARGEST = 127
+OCTAVE = 8
+"""Codes between one scale and its double: 2^(1/8) = 1.09 apart, from 2^-16 to 2^15.9."""
+
+CacheDtype = Literal["same", "float16", "bfloat16", "int8", "auto"]
+RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8"]
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Element types of a site's cache: `model` before conversion, `latent` and `rope` after it."""
+
+    model: str
+    latent: str
+    rope: str
+
+    def bytes(self, rank: int, rope_dims: int) -> int:
+        """Of one cached row."""
+        return stored_bytes(rank, self.latent) + stored_bytes(rope_dims, self.rope)
+
+    def full_bytes(self, width: int) -> int:
+        """Of one row of the original cache, `width` numbers."""
+        return width * _BYTES[self.model]
+
+    def rank_within(self, room: int, rope_dims: int) -> int:
+        """The largest rank whose row takes at most `room` bytes; below 1 where there is none."""
+        left = room - stored_bytes(rope_dims, self.rope) - (SEGMENTS if self.latent == "int8" else 0)
+        return left // _BYTES[self.latent]
+
+
+def row_format(model: str, cache_dtype: CacheDtype, rope_dtype: RopeDtype) -> RowFormat:
+    """The types a configuration asks for. By itself the rotated part is as the latent, but never below 16 bits."""
+    assert cache_dtype != "auto"  # settled by measurement before
+    latent = model if cache_dtype == "same" else cache_dtype
+    if rope_dtype == "auto":
+        narrow = "bfloat16" if model == "bfloat16" else "float16"
+        return RowFormat(model, latent, narrow if latent == "int8" else latent)
+    return RowFormat(model, latent, model if rope_dtype == "same" else rope_dtype)
+
+
+def stored_width(numbers: int, dtype: str) -> int:
+    """Elements that so many numbers of a row take."""
+    return numbers + SEGMENTS if dtype == "int8" else numbers
+
+
+def stored_bytes(numbers: int, dtype: str) -> int:
+    """Bytes that so many numbers of a row take."""
+    return stored_width(numbers, dtype) * _BYTES[dtype]
+
+
+def segment_of(numbers: int) -> np.ndarray:
+    """The segment that each number of an 8-bit row lies in, [numbers]."""
+    return np.arange(numbers) // max(1, -(-numbers // SEGMENTS))
+
+
+def encoded(x: np.ndarray) -> np.ndarray:
+    """Eight-bit rows, int8 [..., n + 4], of numbers x [..., n]."""
+    n = x.shape[-1]
+    length = max(1, -(-n // SEGMENTS))
+    padded = np.pad(x.astype(np.float64), [(0, 0)] * (x.ndim - 1) + [(0, SEGMENTS * length - n)])
+    parts = padded.reshape(*x.shape[:-1], SEGMENTS, length)
+    with np.errstate(divide="ignore"):  # a segment of zeros gets the least code
+        code = np.ceil(OCTAVE * np.log2(np.abs(parts).max(-1) / LARGEST))
+    code = np.clip(code, -128, 127)
+    whole = np.clip(np.rint(parts * 2.0 ** (-code / OCTAVE)[..., None]), -LARGEST, LARGEST)
+    return np.concatenate([whole.reshape(*x.shape[:-1], SEGMENTS * length)[..., :n], code], -1).astype(np.int8)
+
+
+def decoded(rows: np.ndarray) -> np.ndarray:
+    """The numbers, float64 [..., n], of eight-bit rows [..., n + 4]."""
+    n = rows.shape[-1] - SEGMENTS
+    scale = 2.0 ** (rows[..., n:].astype(np.float64) / OCTAVE)
+    return rows[..., :n] * scale[..., segment_of(n)]
+
+
