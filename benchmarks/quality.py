@@ -31,12 +31,12 @@ from typing import Any, get_args
 import numpy as np
 
 import mla_pass
+from mla_pass.config import CacheDtype
 from mla_pass.onnx.generate import GenerateConfig, generate
 from mla_pass.onnx.perplexity import Perplexity, paired, perplexity
 from mla_pass.onnx.session import ModelSession
 from mla_pass.onnx.text import load_tokenizer
 from mla_pass.statistics import Calibration
-from mla_pass.storage import CacheDtype
 
 
 @dataclass(frozen=True)

@@ -240,9 +240,7 @@ def even_sizes(
         alike = [p for p, k in zip(prepared, kinds, strict=True) if k == kind]
         geometry, row = alike[0].geometry, kind[-1]
         most, ropes = room(geometry, row, config), rope_dims_to_try(geometry, config)
-        sizes = [
-            (fit_rank(left, geometry, rope), rope) for rope in ropes if (left := row.rank_within(most, rope)) >= 1
-        ]
+        sizes = [(fit_rank(left, geometry, rope), rope) for rope in ropes if (left := row.rank_within(most, rope)) >= 1]
         if not sizes:
             raise too_small(most, row.bytes(1, min(ropes)))
         losses = [sum(float(predicted_loss(p, rope, np.array([rank]))[0]) for p in alike) for rank, rope in sizes]

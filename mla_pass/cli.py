@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import mla_pass
 from mla_pass import native
-from mla_pass.config import Absorb, CacheKind, Layers, MetricKind, MlaConfig, RopeMode
+from mla_pass.config import Absorb, CacheDtype, CacheKind, Layers, MetricKind, MlaConfig, RopeDtype, RopeMode
 from mla_pass.errors import MlaPassError
-from mla_pass.storage import CacheDtype, RopeDtype
 
 if TYPE_CHECKING:
     from mla_pass.site import AttentionSite

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from mla_pass.errors import MlaPassError
-from mla_pass.storage import CacheDtype, RopeDtype
 
 RopeMode = Literal["block", "extend", "repeat"]
 Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
 Layers = Literal["loss", "even"]
+CacheDtype = Literal["same", "float16", "bfloat16", "int8", "auto"]
+RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8"]
 MetricKind = Literal["auto", "output", "fisher"]
 FORMAT_VERSION = 4
 

@@ -10,9 +10,10 @@ to unit variance.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
+
+from mla_pass.config import CacheDtype, RopeDtype
 
 SEGMENTS = 4
 """Scales of an 8-bit row; four of them keep its width a multiple of four bytes."""
@@ -20,8 +21,6 @@ LARGEST = 127
 OCTAVE = 8
 """Codes between one scale and its double: 2^(1/8) = 1.09 apart, from 2^-16 to 2^15.9."""
 
-CacheDtype = Literal["same", "float16", "bfloat16", "int8", "auto"]
-RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8"]
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -90,5 +89,3 @@ def decoded(rows: np.ndarray) -> np.ndarray:
     n = rows.shape[-1] - SEGMENTS
     scale = 2.0 ** (rows[..., n:].astype(np.float64) / OCTAVE)
     return rows[..., :n] * scale[..., segment_of(n)]
-
-

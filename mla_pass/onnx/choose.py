@@ -16,7 +16,7 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from mla_pass.budget import Split, choose_splits
-from mla_pass.config import MlaConfig
+from mla_pass.config import CacheDtype, MlaConfig
 from mla_pass.errors import BudgetTooSmall, LossUnreachable, MlaPassError
 from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare_layouts
 from mla_pass.onnx.absorb import choose_absorption
@@ -25,7 +25,7 @@ from mla_pass.onnx.probe import Excess, Probe, can_probe
 from mla_pass.patterns import find_sites
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
-from mla_pass.storage import CacheDtype, row_format
+from mla_pass.storage import row_format
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
