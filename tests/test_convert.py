@@ -312,8 +312,8 @@ def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(MlaPassError, match="budget must lie in"):
             MlaConfig(budget=budget)
     refuse("larger than the full size", exported("llama"), tmp_path / "out", rank=100, rope_dims=8)
-    refuse("the budget leaves 0 numbers", exported("llama"), tmp_path / "out", budget=0.01)
-    refuse("at least 68 are needed", exported("llama"), tmp_path / "out", budget=0.5, rope_mode="repeat")
+    refuse("the budget leaves 4 bytes", exported("llama"), tmp_path / "out", budget=0.01)
+    refuse("at least 272 are needed", exported("llama"), tmp_path / "out", budget=0.5, rope_mode="repeat")
 
 
 def test_calibration_text(tmp_path: Path) -> None:
