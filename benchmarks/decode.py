@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -32,11 +31,10 @@ from onnx import TensorProto, helper
 
 from mla_pass import native
 from mla_pass.onnx.body import INPUTS
-from mla_pass.storage import encoded, row_format
+from mla_pass.storage import STORED, encoded, row_format
 
 H, G, D, ROPE, NOPE = 32, 8, 128, 64, 64
 TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
-CACHED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ROOT = Path(__file__).parents[1]
 
 
@@ -96,7 +94,7 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int) -> Calla
     row = row_format(dtype, stored, "auto")
     for name, width, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
         past = draw(1, 1, rows, width)
-        feeds[name] = encoded(past) if as_stored == "int8" else past.astype(CACHED[as_stored])
+        feeds[name] = encoded(past) if as_stored == "int8" else past.astype(STORED[as_stored])
     attributes = {
         "num_heads": H, "kv_groups": G, "rank": rank, "key_rank": rank, "value_offset": 0, "rope_dim": ROPE,
         "nope_dim": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,

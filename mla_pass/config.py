@@ -102,6 +102,8 @@ class MlaConfig:
             raise MlaPassError(f"max_loss must be positive, in nats per token; got {self.max_loss}")
         if self.max_loss is not None and self.rank is not None:
             raise MlaPassError("max_loss chooses the sizes itself; give it without rank")
+        if self.cache_dtype == "auto" and self.rank is not None:
+            raise MlaPassError("cache_dtype auto compares types at equal bytes; give it without rank, or name a type")
         if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
             raise MlaPassError(
                 f"calibrate_tokens must be at least calibrate_context, and that at least 2; "

@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from mla_pass.calibrate import attention, rotate, visible
-from mla_pass.fold import LatentWeights
 from mla_pass.onnx.absorb import numbers_read
 from mla_pass.onnx.emit import Conversion
 from mla_pass.reference import attend, rows
 from mla_pass.report import LayerReport
-from mla_pass.site import AttentionSite
 from mla_pass.statistics import SiteStatistics
+from mla_pass.storage import rounded
 
 
-def output_error(site: AttentionSite, statistics: SiteStatistics, weights: LatentWeights) -> float | None:
-    """Relative error of the block's output on tokens that calibration held out, by the float64 reference."""
+def output_error(conversion: Conversion, statistics: SiteStatistics) -> float | None:
+    """Relative error of the block's output on tokens that calibration held out, by the float64 reference, on rows as
+    the cache gives them back where it has fewer bits than the model."""
+    site, weights = conversion.site, conversion.weights
     sample = statistics.sample
     if sample is None:
         return None
@@ -29,7 +30,9 @@ def output_error(site: AttentionSite, statistics: SiteStatistics, weights: Laten
         axis=1,
     )
     y = np.concatenate([key.reshape(len(key), -1), value.reshape(len(value), -1)], axis=1)
-    cache = rows(weights, site.rope.theta, y, position)
+    latent, rope = np.split(rows(weights, site.rope.theta, y, position), [weights.rank], axis=1)
+    stored = zip((latent, rope), (conversion.row.latent, conversion.row.rope), strict=True)
+    cache = np.concatenate([part if dtype == site.dtype else rounded(part, dtype) for part, dtype in stored], axis=1)
     after = attend(weights, site.rope.theta, query, cache, position, keep, scale=site.scale, softcap=site.softcap)
     output = site.output.weight.read()
     missed, whole = ((a.reshape(len(query), -1) @ output) for a in (after - before, before))

@@ -36,7 +36,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers of one model; `refusals` are the blocks left as they were, `dtype` is that of the cache."""
+    """All layers of one model; `refusals` are the blocks left as they were, `dtype` is the model's."""
 
     layers: tuple[LayerReport, ...]
     refusals: tuple[str, ...]
@@ -91,7 +91,7 @@ class Report:
     def _totals(self, would: bool) -> list[str]:
         verb = "would go" if would else "went"
         return [
-            f"{len(self.layers)} attention blocks, {self.dtype} cache",
+            f"{len(self.layers)} attention blocks of a {self.dtype} model",
             f"cache bytes per token {verb} from {_change(self.cache_before, self.cache_after)}",
             f"attention weights {verb} from {_change(self.weights_before, self.weights_after)} numbers",
         ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from mla_pass.config import CacheDtype, RopeDtype
@@ -21,7 +22,11 @@ LARGEST = 127
 OCTAVE = 8
 """Codes between one scale and its double: 2^(1/8) = 1.09 apart, from 2^-16 to 2^15.9."""
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+STORED = {
+    "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+}  # fmt: skip
+"""What a cache's elements can be."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,11 @@ class RowFormat:
 
     def full_bytes(self, width: int) -> int:
         """Of one row of the original cache, `width` numbers."""
-        return width * _BYTES[self.model]
+        return stored_bytes(width, self.model)
 
     def rank_within(self, room: int, rope_dims: int) -> int:
         """The largest rank whose row takes at most `room` bytes; below 1 where there is none."""
-        left = room - stored_bytes(rope_dims, self.rope) - (SEGMENTS if self.latent == "int8" else 0)
-        return left // _BYTES[self.latent]
+        return (room - self.bytes(0, rope_dims)) // STORED[self.latent].itemsize
 
 
 def row_format(model: str, cache_dtype: CacheDtype, rope_dtype: RopeDtype) -> RowFormat:
@@ -63,18 +67,23 @@ def stored_width(numbers: int, dtype: str) -> int:
 
 def stored_bytes(numbers: int, dtype: str) -> int:
     """Bytes that so many numbers of a row take."""
-    return stored_width(numbers, dtype) * _BYTES[dtype]
+    return stored_width(numbers, dtype) * STORED[dtype].itemsize
+
+
+def segment_length(numbers: int) -> int:
+    """Numbers in a segment of an 8-bit row; the last segments may hold fewer."""
+    return max(1, -(-numbers // SEGMENTS))
 
 
 def segment_of(numbers: int) -> np.ndarray:
     """The segment that each number of an 8-bit row lies in, [numbers]."""
-    return np.arange(numbers) // max(1, -(-numbers // SEGMENTS))
+    return np.arange(numbers) // segment_length(numbers)
 
 
 def encoded(x: np.ndarray) -> np.ndarray:
     """Eight-bit rows, int8 [..., n + 4], of numbers x [..., n]."""
     n = x.shape[-1]
-    length = max(1, -(-n // SEGMENTS))
+    length = segment_length(n)
     padded = np.pad(x.astype(np.float64), [(0, 0)] * (x.ndim - 1) + [(0, SEGMENTS * length - n)])
     parts = padded.reshape(*x.shape[:-1], SEGMENTS, length)
     with np.errstate(divide="ignore"):  # a segment of zeros gets the least code
@@ -89,3 +98,8 @@ def decoded(rows: np.ndarray) -> np.ndarray:
     n = rows.shape[-1] - SEGMENTS
     scale = 2.0 ** (rows[..., n:].astype(np.float64) / OCTAVE)
     return rows[..., :n] * scale[..., segment_of(n)]
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers [..., n] as they come back from the cache, float64."""
+    return decoded(encoded(x)) if dtype == "int8" else x.astype(STORED[dtype]).astype(np.float64)

@@ -109,6 +109,7 @@ def test_full_size_in_every_form(family: str, config: dict, converted) -> None:
 STORED = {"float16": 3e-3, "bfloat16": 2e-2, "int8": 3e-2}
 
 
+@needs_library
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("cache", ["shared", "growing"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -308,6 +309,8 @@ def test_nan_weights(tmp_path: Path, value: float) -> None:
 
 
 def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(MlaPassError, match="auto compares types at equal bytes"):
+        MlaConfig(cache_dtype="auto", rank=24)
     for budget in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(MlaPassError, match="budget must lie in"):
             MlaConfig(budget=budget)
@@ -381,6 +384,15 @@ given = {port.name: feeds[port.name] for port in session.get_inputs()}
 np.save(folder + "/logits.npy", session.run(["logits"], given)[0])
 print(session.end_profiling())
 """
+
+
+def test_the_report_tells_what_fewer_bits_cost(tmp_path: Path) -> None:
+    errors = {}
+    for dtype in ("same", "float16", "int8"):
+        config = MlaConfig(**SMALL, budget=1.0, cache_dtype=dtype)
+        report = mla_pass.convert(exported("llama"), config, calibrate=ids_file(tmp_path)).report
+        errors[dtype] = max(layer.output_error for layer in report.layers)
+    assert errors["same"] < 1e-9 < errors["float16"] < 1e-3 < errors["int8"] < 3e-2
 
 
 @needs_library

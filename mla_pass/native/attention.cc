@@ -119,6 +119,7 @@ int code_of(float top) {
 template <class Number>
 void pack(Index count, const Number& number, std::int8_t* to) {
   const Index length = ceil_div(count, kSegments);
+  constexpr float most = kLargestWhole;
   for (Index segment = 0; segment < kSegments; ++segment) {
     const Index begin = std::min(segment * length, count), end = std::min(begin + length, count);
     float top = 0;
@@ -134,7 +135,7 @@ void pack(Index count, const Number& number, std::int8_t* to) {
     const float inverse = 1.0f / scalar::step_of(code);
     for (Index i = begin; i < end; ++i) {
       const float whole = std::nearbyint(number(i) * inverse);
-      to[i] = static_cast<std::int8_t>(std::clamp(whole, -static_cast<float>(kLargestWhole), static_cast<float>(kLargestWhole)));
+      to[i] = static_cast<std::int8_t>(std::clamp(whole, -most, most));
     }
     to[count + segment] = static_cast<std::int8_t>(code);
   }

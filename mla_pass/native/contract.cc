@@ -157,7 +157,7 @@ class Checker {
 
   void shape(Input input, std::initializer_list<Dim> dims) const { shape(input, type_of(input), dims); }
 
-  // What an input's elements are to be. A cache may be of the model's type, of 16 bits or of 8; of others, the first.
+  // What an input's elements are to be. A cache may be of 16 bits or of 8 if it is not of the model's type.
   Type type_of(Input input) const {
     switch (kind_of(input)) {
       case Kind::float32:
@@ -192,7 +192,8 @@ class Checker {
     if (good) return;
     throw Refused("input " + std::string(kInputNames[input]) + " is " +
                   (tensor.given ? type_name(tensor.type) + " " + shape_of(tensor) : std::string("absent")) +
-                  "; expected " + type_name(static_cast<int>(type)) + " " + shape_of(dims));
+                  "; expected " + type_name(static_cast<int>(type)) + " " + shape_of(dims) +
+                  (kind_of(input) == Kind::stored ? ", or of float16, bfloat16 or int8 with 4 codes a row" : ""));
   }
 
   // As shape, where the input is there.

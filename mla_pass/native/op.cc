@@ -260,7 +260,6 @@ Op make_op(Type model, Type latent, Type rope) {
   return op;
 }
 
-// Sessions keep pointers to the domain and to its operators: all of them live as long as the library.
 std::vector<Op> make_ops() {
   std::vector<Op> ops;
   for (const Type model : {Type::float32, Type::float16, Type::bfloat16}) {
@@ -273,6 +272,7 @@ std::vector<Op> make_ops() {
   return ops;
 }
 
+// Sessions keep pointers to the domain and to its operators: all of them live as long as the library.
 OrtCustomOpDomain* domain() {
   static const std::vector<Op> ops = make_ops();
   static OrtCustomOpDomain* const made = [] {

@@ -41,7 +41,7 @@ import onnx_ir as ir
 from mla_pass.fold.arithmetic import band_flops
 from mla_pass.fold.bands import levels_of
 from mla_pass.onnx.ops import Ops
-from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_of
+from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_length, segment_of
 
 DOMAIN = "mla_pass"
 OP_TYPE = "LatentAttention"
@@ -244,7 +244,7 @@ class Body:
             return x
         if dtype != "int8":
             return o("CastLike", x, past)
-        length = max(1, -(-width // SEGMENTS))
+        length = segment_length(width)
         x = o("Cast", x, to=ir.DataType.FLOAT)
         padded = o("Pad", x, o.ints(0, SEGMENTS * length - width), None, o.ints(3))
         parts = o.reshape(padded, 0, 0, 0, SEGMENTS, length)
@@ -491,13 +491,14 @@ class Body:
         if v.softcap:
             cap = o("CastLike", o.floats(v.softcap), scores)
             scores = o("Mul", o("Tanh", o("Div", scores, cap)), cap)
-        zero, hidden = (o("CastLike", o.floats(x), scores) for x in (0.0, -np.inf))
         keep = self.keep()
+        if keep is None and not v.bias:
+            return o("Softmax", scores, axis=-1)
+        zero, hidden = (o("CastLike", o.floats(x), scores) for x in (0.0, -np.inf))
         if keep is not None:
             scores = o("Where", keep, scores, hidden)
         if not v.bias:
-            weights = o("Softmax", scores, axis=-1)
-            return weights if keep is None else o("Where", keep, weights, zero)
+            return o("Where", keep, o("Softmax", scores, axis=-1), zero)
         scores = o("Add", scores, i["attention_bias"])
         # A row that sees nothing has no largest score; a score that is no number must not pass for that.
         blind = o("Equal", o("ReduceMax", scores, o.ints(-1), keepdims=1), hidden)

@@ -108,16 +108,15 @@ class Chooser:
         """Make the choices that `config` leaves open. Raises MlaPassError when no cache keeps within `max_loss`."""
         notes: list[str] = []
         if not can_probe(self.model, self.sites) or len(self.calibration.held_out) == 0:
-            if config.max_loss is not None:
-                raise MlaPassError(
-                    "max_loss needs conversions that ONNX Runtime's CPU can run from memory, float32 or float16 and "
-                    "below 2 GB of attention weights, and held-out text; give a budget instead"
-                )
-            if config.cache_dtype == "auto":
-                raise MlaPassError(
-                    "cache_dtype auto needs conversions that ONNX Runtime's CPU can run from memory, float32 or "
-                    "float16 and below 2 GB of attention weights, and held-out text; give a type instead"
-                )
+            for asked, name, instead in (
+                (config.max_loss is not None, "max_loss", "a budget"),
+                (config.cache_dtype == "auto", "cache_dtype auto", "a type"),
+            ):
+                if asked:
+                    raise MlaPassError(
+                        f"{name} needs conversions that ONNX Runtime's CPU can run from memory, float32 or float16 "
+                        f"and below 2 GB of attention weights, and held-out text; give {instead} instead"
+                    )
             if config.metric_mix is None:
                 notes.append(f"metric_mix is the usual {USUAL_MIX}: conversions cannot be tried out here.")
             return Settled(mixed(config), None, tuple(notes))
@@ -158,13 +157,14 @@ class Chooser:
                 tried.append((self.excess(mixed(candidate)).mean, done))
             self.progress("choosing the cache's type on held-out text", len(candidates), len(candidates))
             return candidates[min(tried)[1]]
-        sized: list[MlaConfig] = []
+        sized, unreachable = [], []
         for candidate in candidates:
             try:
                 sized.append(self.smallest(candidate))
-            except LossUnreachable:
-                if candidate is candidates[-1] and not sized:
-                    raise
+            except LossUnreachable as error:
+                unreachable.append(error)
+        if not sized:
+            raise unreachable[0]  # the model's own type loses least at full size
         return min(sized, key=lambda each: each.budget)
 
     def best_mix(self, config: MlaConfig) -> MlaConfig:

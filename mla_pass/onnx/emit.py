@@ -24,10 +24,9 @@ from mla_pass.onnx.absorb import Absorption
 from mla_pass.onnx.body import DOMAIN, OP_TYPE, Body, Variant, node_attributes
 from mla_pass.onnx.ops import Ops
 from mla_pass.site import AttentionSite, Branch, Rope
-from mla_pass.storage import RowFormat, stored_width
+from mla_pass.storage import STORED, RowFormat, stored_width
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-STORED = DTYPES | {"int8": np.dtype(np.int8)}
 OVERLOADS_SINCE_IR = 10
 OLDEST_OPSET = 18
 

@@ -68,7 +68,7 @@ class MlaPass(ir.passes.InPlacePass):
         settled = chooser.settle(self.config)
         conversions = chooser.plan(settled.config)
         layers = [
-            layer_report(c, output_error(c.site, statistics, c.weights))
+            layer_report(c, output_error(c, statistics))
             for c, statistics in zip(conversions, self.calibration.sites, strict=True)
         ]
         notes += [*self.notes, *settled.notes, *doubts(self.calibration, sites)]

@@ -13,7 +13,7 @@ from mla_pass.onnx.emit import DTYPES
 from mla_pass.onnx.instrument import open_session
 from mla_pass.onnx.io import external_tensors
 from mla_pass.onnx.perplexity import token_losses
-from mla_pass.onnx.session import allocate, ort_errors, read_ports
+from mla_pass.onnx.session import allocate, ort_errors, read_ports, value_of
 from mla_pass.site import AttentionSite
 
 LARGEST_BYTES = 2_000_000_000
@@ -79,10 +79,7 @@ def window_losses(model: ir.Model, windows: np.ndarray) -> np.ndarray:
     session = open_session(ir.to_proto(model), folders.pop() if folders else None)
     cache, tokens, logits = read_ports(session.get_inputs(), session.get_outputs())
     length = windows.shape[1] - 1
-    import onnxruntime
-
     feeds = {tensor.past: allocate(tensor, 1, length if tensor.kind == "shared" else 0) for tensor in cache.tensors}
-    value_of = onnxruntime.OrtValue.ortvalue_from_numpy
     losses = []
     for window in windows:
         ids = window[None, :-1]

@@ -436,6 +436,11 @@ def allocate(tensor: CacheTensor, batch: int, rows: int, device: str = "cpu") ->
     return value
 
 
+def value_of(array: np.ndarray) -> Any:
+    """An OrtValue of a numpy array, on the CPU."""
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
+
+
 def as_ids(input_ids: npt.ArrayLike, vocab: int | None) -> np.ndarray:
     """Token ids as int64 [B, S] (a flat list is one sequence), each checked against the vocabulary."""
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mla_pass.onnx.body import INPUTS
 from mla_pass.pytorch.attention import attend
-from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_of
+from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_length, segment_of
 
 
 def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -147,7 +147,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def encoded(x: Tensor) -> Tensor:
     """Eight-bit rows [..., n + 4] of numbers [..., n]; see `mla_pass.storage.encoded`."""
     n = x.shape[-1]
-    length = max(1, -(-n // SEGMENTS))
+    length = segment_length(n)
     parts = torch.nn.functional.pad(x, (0, SEGMENTS * length - n)).unflatten(-1, (SEGMENTS, length))
     code = torch.ceil(OCTAVE * torch.log2(parts.abs().amax(-1) / LARGEST)).clamp(-128, 127)
     whole = torch.round(parts / torch.exp2(code / OCTAVE)[..., None]).clamp(-LARGEST, LARGEST)
