@@ -29,7 +29,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from mla_pass import native
+from mla_pass import MlaConfig, native
 from mla_pass.onnx.body import INPUTS
 from mla_pass.storage import STORED, encoded, row_format
 
@@ -91,13 +91,13 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int) -> Calla
         "cos": np.cos(angle), "sin": np.sin(angle),
         "position_ids": np.array([[rows - 1]]), "total_length": np.array([rows]),
     }  # fmt: skip
-    row = row_format(dtype, stored, "auto")
+    row = row_format(dtype, MlaConfig(cache_dtype=stored))
     for name, width, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
         past = draw(1, 1, rows, width)
         feeds[name] = encoded(past) if as_stored == "int8" else past.astype(STORED[as_stored])
     attributes = {
         "num_heads": H, "kv_groups": G, "rank": rank, "key_rank": rank, "value_offset": 0, "rope_dim": ROPE,
-        "nope_dim": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
+        "nope_dim": rank, "split": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
         "local_window_size": -1, "causal": 1, "shared_buffer": 1,
     }  # fmt: skip
     given = [name for name in INPUTS if name in feeds]
@@ -181,12 +181,12 @@ def main(arguments: list[str] | None = None) -> None:
         for threads in args.threads:
             for dtype in args.dtypes:
                 calls = {"GQA": grouped(rows, dtype, threads)}
-                sizes = {"GQA": (0, row_format(dtype, "same", "auto").full_bytes(2 * G * D))}
+                sizes = {"GQA": (0, row_format(dtype, MlaConfig()).full_bytes(2 * G * D))}
                 for rank in args.ranks:
                     for stored in args.stored:
                         name = f"r = {rank}" + ("" if stored == "same" else f", {stored}")
                         calls[name] = latent(rank, rows, dtype, stored, threads)
-                        sizes[name] = rank, row_format(dtype, stored, "auto").bytes(rank, ROPE)
+                        sizes[name] = rank, row_format(dtype, MlaConfig(cache_dtype=stored)).bytes(rank, ROPE)
                 times, most = medians(calls, loops.multiply_adds, threads, args.repeats)
                 for name, seconds in times.items():
                     rank, size = sizes[name][0], rows * sizes[name][1]

@@ -55,7 +55,7 @@ def main() -> None:
     start = now = time.perf_counter()
     layouts = prepare_layouts(geometry, seen, recipes(config))
     now = timed(f"{len(layouts)} band layouts", now)
-    (split,) = choose_splits([layouts], [row_format("float32", config.cache_dtype, config.rope_dtype)], config)
+    (split,) = choose_splits([layouts], [row_format("float32", config)], config)
     now = timed("curve, split, layout", now)
     weights = fold(split.prepared, split.rank, split.rope_dims, split.key_rank)
     now = timed("fold", now)

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import mla_pass
 from mla_pass import native
-from mla_pass.config import Absorb, CacheDtype, CacheKind, Layers, MetricKind, MlaConfig, RopeDtype, RopeMode
+from mla_pass.config import (
+    Absorb,
+    CacheDtype,
+    CacheKind,
+    Layers,
+    Layout,
+    MetricKind,
+    MlaConfig,
+    RopeDtype,
+    RopeMode,
+)
 from mla_pass.errors import MlaPassError
 
 if TYPE_CHECKING:
@@ -135,6 +145,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--rope-dtype", choices=get_args(RopeDtype), default=default.rope_dtype,
                         help="type of a row's rotated part; auto: as the latents, but 16 bits beside int8")  # fmt: skip
+    parser.add_argument(
+        "--layout", choices=get_args(Layout), default=default.layout,
+        help="how a row lies in its two cache tensors; genai: two halves, and all that onnxruntime-genai reads",
+    )  # fmt: skip
     parser.add_argument("--metric", choices=get_args(MetricKind), default=default.metric, help="what loss is judged by")
     parser.add_argument("--layers", choices=get_args(Layers), default=default.layers, help="sizes by loss, or all even")
     parser.add_argument(
@@ -187,6 +201,7 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         rope_mode=arguments.rope_mode,
         absorb=arguments.absorb,
         cache=arguments.cache,
+        layout=arguments.layout,
         cache_dtype=arguments.cache_dtype,
         rope_dtype=arguments.rope_dtype,
         max_loss=arguments.max_loss,

@@ -11,11 +11,12 @@ from mla_pass.errors import MlaPassError
 RopeMode = Literal["block", "extend", "repeat"]
 Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
+Layout = Literal["plain", "genai"]
 Layers = Literal["loss", "even"]
 CacheDtype = Literal["same", "float16", "bfloat16", "int8", "auto"]
 RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8"]
 MetricKind = Literal["auto", "output", "fisher"]
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class MlaConfig:
     cache: CacheKind = "shared"
     """`shared`: present has the shape of past, a buffer with room to spare, written in place where the runtime binds
     one buffer to both. `growing`: present is past with the new rows appended."""
+    layout: Layout = "plain"
+    """How a row lies in its two cache tensors: `plain`, latent and rotated part; `genai`, two halves of one shape and
+    type, which is what onnxruntime-genai can keep."""
     cache_dtype: CacheDtype = "same"
     """Type the latents are stored in: the model's own, 16 bits, 8 bits with a scale for each quarter of a row, or
     `auto`, which takes of the model's own and 8 bits what loses less at equal bytes on held-out text."""
@@ -84,8 +88,8 @@ class MlaConfig:
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
             raise MlaPassError(f"rope_dims must be an even number of at least 2; got {self.rope_dims}")
         for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb), ("cache", CacheKind),
-                           ("cache_dtype", CacheDtype), ("rope_dtype", RopeDtype), ("layers", Layers),
-                           ("metric", MetricKind)):  # fmt: skip
+                           ("layout", Layout), ("cache_dtype", CacheDtype), ("rope_dtype", RopeDtype),
+                           ("layers", Layers), ("metric", MetricKind)):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise MlaPassError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.finest_block is not None and (self.finest_block < 1 or self.finest_block & (self.finest_block - 1)):
@@ -104,6 +108,13 @@ class MlaConfig:
             raise MlaPassError("max_loss chooses the sizes itself; give it without rank")
         if self.cache_dtype == "auto" and self.rank is not None:
             raise MlaPassError("cache_dtype auto compares types at equal bytes; give it without rank, or name a type")
+        if self.layout == "genai" and self.rope_dtype not in ("auto", self.cache_dtype):
+            raise MlaPassError(
+                f"layout genai keeps a row in two halves of one type; rope_dtype {self.rope_dtype} beside cache_dtype "
+                f"{self.cache_dtype} makes two: leave rope_dtype at auto"
+            )
+        if self.layout == "genai" and self.rank is not None and self.rank % 2:
+            raise MlaPassError(f"layout genai cuts a row into two halves: rank must be even; got {self.rank}")
         if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
             raise MlaPassError(
                 f"calibrate_tokens must be at least calibrate_context, and that at least 2; "

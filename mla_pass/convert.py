@@ -15,6 +15,7 @@ import onnx_ir as ir
 from mla_pass import native
 from mla_pass.config import MlaConfig
 from mla_pass.errors import MlaPassError
+from mla_pass.export.genai import read_about, write_genai_config
 from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder
 from mla_pass.onnx.io import load_model, save_model
 from mla_pass.onnx.passes import MlaPass, Progress
@@ -58,6 +59,8 @@ class Result:
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             if self.source is not None:
                 copy_companions(self.source, folder)
+            if self.config.layout == "genai":
+                write_genai_config(folder, self.model, None if library is None else library.name)
             # ONNX Runtime's CPU has no bfloat16 arithmetic: such a model is checked where it can run.
             if self.report.dtype != "bfloat16" and not np.isfinite(session(folder).logits([[0, 0, 0]])).all():
                 raise MlaPassError("the converted model's logits are not finite; nothing was written")
@@ -84,6 +87,10 @@ def convert(
         source, graph = None, model.clone()
     else:
         source, graph = model_path(model), load_model(model)
+    if config.layout == "genai":
+        if source is None:
+            raise MlaPassError("a model in memory has no config.json, which layout='genai' needs; give a folder")
+        read_about(source.parent)  # saving reads it; what it lacks is better told before the work
     stated = graph.metadata_props.get(MAX_POSITION_KEY)
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))

@@ -30,8 +30,8 @@ def output_error(conversion: Conversion, statistics: SiteStatistics) -> float | 
         axis=1,
     )
     y = np.concatenate([key.reshape(len(key), -1), value.reshape(len(value), -1)], axis=1)
-    latent, rope = np.split(rows(weights, site.rope.theta, y, position), [weights.rank], axis=1)
-    stored = zip((latent, rope), (conversion.row.latent, conversion.row.rope), strict=True)
+    row, split = rows(weights, site.rope.theta, y, position), conversion.row.split(weights.rank, weights.rope_dim)
+    stored = zip(np.split(row, [split], axis=1), (conversion.row.latent, conversion.row.rope), strict=True)
     cache = np.concatenate([part if dtype == site.dtype else rounded(part, dtype) for part, dtype in stored], axis=1)
     after = attend(weights, site.rope.theta, query, cache, position, keep, scale=site.scale, softcap=site.softcap)
     output = site.output.weight.read()

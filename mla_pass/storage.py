@@ -1,6 +1,7 @@
 """How cached rows lie in memory: their element types, widths and bytes, and the 8-bit code.
 
-A row's latent and its rotated part are two tensors, each of the model's own type, of 16 bits, or of 8. Eight-bit rows
+A row's latent and its rotated part are two tensors, each of the model's own type, of 16 bits, or of 8; or a row is cut
+into two halves instead, as onnxruntime-genai wants it. Eight-bit rows
 hold n whole numbers in [-127, 127], in four segments of ceil(n / 4), and behind them a code c for each segment:
 x = q 2^(c / 8). A code is the least whole one with which the largest number of its segment fits, so that a step is at
 most 1/116 of it; nothing else is stored, and nothing is calibrated. Latents suit it: calibration scaled their channels
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from mla_pass.config import CacheDtype, RopeDtype
+from mla_pass.config import MlaConfig
 
 SEGMENTS = 4
 """Scales of an 8-bit row; four of them keep its width a multiple of four bytes."""
@@ -36,6 +37,12 @@ class RowFormat:
     model: str
     latent: str
     rope: str
+    halves: bool = False
+    """The two tensors hold half a row each, both as `latent`."""
+
+    def split(self, rank: int, rope_dims: int) -> int:
+        """Numbers of a row in the first tensor."""
+        return (rank + rope_dims) // 2 if self.halves else rank
 
     def bytes(self, rank: int, rope_dims: int) -> int:
         """Of one cached row."""
@@ -50,14 +57,19 @@ class RowFormat:
         return (room - self.bytes(0, rope_dims)) // STORED[self.latent].itemsize
 
 
-def row_format(model: str, cache_dtype: CacheDtype, rope_dtype: RopeDtype) -> RowFormat:
-    """The types a configuration asks for. By itself the rotated part is as the latent, but never below 16 bits."""
-    assert cache_dtype != "auto"  # settled by measurement before
-    latent = model if cache_dtype == "same" else cache_dtype
-    if rope_dtype == "auto":
+def row_format(model: str, config: MlaConfig) -> RowFormat:
+    """What a configuration asks for, in a model of type `model`.
+
+    By itself the rotated part is as the latent, but in a tensor of its own never below 16 bits.
+    """
+    assert config.cache_dtype != "auto"  # settled by measurement before
+    latent = model if config.cache_dtype == "same" else config.cache_dtype
+    if config.layout == "genai":
+        return RowFormat(model, latent, latent, halves=True)
+    if config.rope_dtype == "auto":
         narrow = "bfloat16" if model == "bfloat16" else "float16"
         return RowFormat(model, latent, narrow if latent == "int8" else latent)
-    return RowFormat(model, latent, model if rope_dtype == "same" else rope_dtype)
+    return RowFormat(model, latent, model if config.rope_dtype == "same" else config.rope_dtype)
 
 
 def stored_width(numbers: int, dtype: str) -> int:

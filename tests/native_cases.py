@@ -86,12 +86,18 @@ class Case:
     latent: str = "same"
     rope: str = "same"
     """What the two parts of a row are stored as."""
+    cut: float = -1.0
+    """Where a row is cut in two, as a share of it; negative: behind the latent."""
 
     @property
     def stored(self) -> tuple[str, str]:
         """The same, by name."""
         latent, rope = (self.dtype if x == "same" else x for x in (self.latent, self.rope))
         return latent, rope
+
+    @property
+    def split(self) -> int:
+        return self.rank if self.cut < 0 else round(self.cut * (self.rank + self.rope_dim))
 
     @property
     def heads(self) -> int:
@@ -138,6 +144,7 @@ def cases(draw: st.DrawFn) -> Case:
         bias=pick("", "", "-", "b", "h", "bh"), query_map=pick(True, False), key_up=key_up,
         value_up=pick(True, True, False), shared=pick(True, False),
         latent=pick("same", "same", "int8", "float16", "bfloat16"), rope=pick("same", "same", "int8", "float16"),
+        cut=pick(-1.0, -1.0, -1.0, 0.5, 0.0, 0.2, 0.9, 1.0),
     )  # fmt: skip
 
 
@@ -223,7 +230,7 @@ class Drawn:
             window=c.window, causal=c.causal, padding=c.padding, bias=bool(c.bias), query_map=c.query_map,
             key_up=c.key_up, value_up=c.value_up, shared_buffer=c.shared,
             latent_dtype="same" if c.stored[0] == c.dtype else c.latent,
-            rope_dtype="same" if c.stored[1] == c.dtype else c.rope,
+            rope_dtype="same" if c.stored[1] == c.dtype else c.rope, split=c.split,
         )  # fmt: skip
 
     def model(self) -> onnx.ModelProto:
@@ -241,7 +248,7 @@ class Drawn:
         spare = ((0, 0), (0, 0), (0, c.new + c.spare if c.shared else 0), (0, 0))
         pasts = [
             np.pad(as_stored(part, dtype), spare, constant_values=unwritten(dtype))
-            for part, dtype in zip((past[..., : c.rank], past[..., c.rank :]), c.stored, strict=True)
+            for part, dtype in zip((past[..., : c.split], past[..., c.split :]), c.stored, strict=True)
         ]
         angle = np.outer(np.arange(max(c.total, 2)), self.theta)
         floats = {
@@ -373,7 +380,7 @@ def check(drawn: Drawn, outputs: list[np.ndarray], error: float) -> None:
     assert context.dtype == DTYPES[c.dtype]
     live = []
     cache = drawn.cache()
-    for part, want, dtype in zip((latent, rope), np.split(cache, [c.rank], 2), c.stored, strict=True):
+    for part, want, dtype in zip((latent, rope), np.split(cache, [c.split], 2), c.stored, strict=True):
         assert part.dtype == (DTYPES | STORED)[dtype]
         assert part.shape[2] == c.total + (c.spare if c.shared else 0)
         left = part[:, :, c.total :].astype(np.float64)

@@ -30,7 +30,7 @@ def variant_of(w: LatentWeights, theta: np.ndarray, **changes) -> Variant:
         band_block=tuple(bands.block.tolist()), band_a0=tuple(bands.a0), band_a1=tuple(bands.a1),
         band_theta=tuple(theta[bands.index]), scale=SCALE, softcap=0.0, window=0, causal=True, padding=True,
         bias=False, query_map=True, key_up=w.nope_dim > 0, value_up=True, shared_buffer=True,
-        latent_dtype="same", rope_dtype="same",
+        latent_dtype="same", rope_dtype="same", split=w.rank,
     )  # fmt: skip
     return replace(base, **changes)
 

@@ -134,7 +134,7 @@ def test_more_arithmetic_loses_less() -> None:
 @pytest.mark.parametrize("dtypes", [("int8", "auto"), ("float16", "auto"), ("int8", "int8"), ("same", "float16")])
 def test_a_budget_is_in_bytes(layers: str, dtypes: tuple[str, str]) -> None:
     config = MlaConfig(metric_mix=0.1, budget=0.25, layers=layers, cache_dtype=dtypes[0], rope_dtype=dtypes[1])
-    row = row_format("float32", *dtypes)
+    row = row_format("float32", config)
     splits = choose_splits(options(config), [row] * 2, config)
     spent = sum(row.bytes(s.rank, s.rope_dims) for s in splits)
     given = 2 * int(0.25 * 4 * splits[0].prepared.geometry.width)
@@ -144,15 +144,32 @@ def test_a_budget_is_in_bytes(layers: str, dtypes: tuple[str, str]) -> None:
 
 def test_the_rank_that_bytes_hold() -> None:
     for model, cache, rope in (("float32", "int8", "auto"), ("float16", "int8", "int8"), ("bfloat16", "same", "auto")):
-        row = row_format(model, cache, rope)
+        row = row_format(model, MlaConfig(cache_dtype=cache, rope_dtype=rope))
         for room in range(40, 90):
             rank = row.rank_within(room, 4)
             assert row.bytes(rank, 4) <= room < row.bytes(rank + 1, 4)
 
 
-def test_types_that_follow_from_others() -> None:
-    assert row_format("float32", "same", "auto") == FLOATS
-    assert row_format("float32", "int8", "auto") == RowFormat("float32", "int8", "float16")
-    assert row_format("bfloat16", "int8", "auto") == RowFormat("bfloat16", "int8", "bfloat16")
-    assert row_format("float32", "float16", "auto") == RowFormat("float32", "float16", "float16")
-    assert row_format("float16", "int8", "same") == RowFormat("float16", "int8", "float16")
+@pytest.mark.parametrize(
+    ("model", "cache", "rope", "want"),
+    [
+        ("float32", "same", "auto", FLOATS),
+        ("float32", "int8", "auto", RowFormat("float32", "int8", "float16")),
+        ("bfloat16", "int8", "auto", RowFormat("bfloat16", "int8", "bfloat16")),
+        ("float32", "float16", "auto", RowFormat("float32", "float16", "float16")),
+        ("float16", "int8", "same", RowFormat("float16", "int8", "float16")),
+    ],
+)
+def test_types_that_follow_from_others(model: str, cache: str, rope: str, want: RowFormat) -> None:
+    assert row_format(model, MlaConfig(cache_dtype=cache, rope_dtype=rope)) == want
+
+
+def test_halves_are_of_one_type_and_shape() -> None:
+    row = row_format("float32", MlaConfig(layout="genai", cache_dtype="int8"))
+    assert row == RowFormat("float32", "int8", "int8", halves=True)
+    assert row.split(30, 10) == 20
+    assert row.bytes(30, 10) == 2 * (20 + 4)
+    with pytest.raises(MlaPassError, match="rope_dtype float16 beside cache_dtype int8 makes two"):
+        MlaConfig(layout="genai", cache_dtype="int8", rope_dtype="float16")
+    with pytest.raises(MlaPassError, match="rank must be even; got 15"):
+        MlaConfig(layout="genai", rank=15)

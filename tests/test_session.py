@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mla_pass.errors import MlaPassError
-from mla_pass.onnx.session import Decoder, ModelSession, host_view, read_ports, session
+from mla_pass.onnx.ports import read_ports
+from mla_pass.onnx.session import Decoder, ModelSession, host_view, session
 from tests import latent_toy
 
 WEIGHTS = latent_toy.weights()

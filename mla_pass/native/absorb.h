@@ -138,16 +138,36 @@ class BandQueries {
   Index present_[kMaxLevels];
 };
 
-// A chunk of cached rows as float32: where they lie, or unpacked into scratch.
+// Cached rows as float32: where they lie, or unpacked into scratch.
 struct Rows {
   const float* data;
   Index step;
+};
+
+struct Chunk {
+  Rows latent, rope;
 };
 
 inline Rows read_rows(const Stored& from, Index first, Index count, float* to, Index step) {
   if (from.as == Storage::float32) return {static_cast<const float*>(from.data) + first * from.width, from.width};
   for (Index i = 0; i < count; ++i) unpack(from, first + i, to + i * step);
   return {to, step};
+}
+
+// `count` rows from row `first` of both tensors.
+template <class T>
+inline Chunk read_chunk(const Problem<T>& p, Index first, Index count, const ChunkScratch& scratch) {
+  const Sizes& size = p.size;
+  if (size.split == size.rank) {
+    return {read_rows(p.part[0], first, count, scratch.latent, scratch.latent_step),
+            read_rows(p.part[1], first, count, scratch.rope, scratch.rope_step)};
+  }
+  for (Index i = 0; i < count; ++i) {
+    float* row = scratch.latent + i * scratch.latent_step;
+    unpack(p.part[0], first + i, row);
+    unpack(p.part[1], first + i, row + size.split);
+  }
+  return {{scratch.latent, scratch.latent_step}, {scratch.latent + size.rank, scratch.latent_step}};
 }
 
 // s += offset * slopes, and the means: columns [0, keys) of every row.
@@ -199,8 +219,7 @@ void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, In
   start(part, rows);
   for (Index first = begin; first < end; first += kChunk) {
     const Index keys = least(kChunk, end - first), at = tile.batch * size.capacity + first;
-    const Rows latent = read_rows(p.latent, at, keys, scratch.latent, scratch.rank_width);
-    const Rows rope = read_rows(p.rope, at, keys, scratch.rope, scratch.rope_width);
+    const auto [latent, rope] = read_chunk(p, at, keys, scratch.chunk);
     for (Index key = 0; key < keys;) {
       Index stop = keys, offset = 0;
       if (size.levels > 0) {

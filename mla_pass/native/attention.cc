@@ -161,20 +161,24 @@ void put(const Stored& present, Index row, const Number& number) {
 template <class T>
 void store_row(const Problem<T>& p, const T* row, Index position, Index to) {
   const Sizes& size = p.size;
-  if (p.latent.as == element_of(static_cast<int>(type_of<T>())).as) {
-    std::copy_n(row, size.rank, static_cast<T*>(const_cast<void*>(p.latent.data)) + to * p.latent.width);
-  } else {
-    put(p.latent, to, [&](Index i) { return scalar::to_float(row[i]); });
-  }
   const Index half = size.rope_dim / 2;
   const T *re = row + size.rank, *im = re + half;
   const float *cos = p.cos + position * size.angles, *sin = p.sin + position * size.angles;
-  put(p.rope, to, [&](Index i) {
-    const Index pair = i < half ? i : i - half;
+  const auto number = [&](Index i) {
+    if (i < size.rank) return scalar::to_float(row[i]);
+    const bool real = i < size.rank + half;
+    const Index pair = i - size.rank - (real ? 0 : half);
     const float c = cos[p.rope_index[pair]], s = sin[p.rope_index[pair]];
     const float x = scalar::to_float(re[pair]), y = scalar::to_float(im[pair]);
-    return i < half ? x * c - y * s : x * s + y * c;
-  });
+    return real ? x * c - y * s : x * s + y * c;
+  };
+  const Stored& first = p.part[0];
+  if (size.split <= size.rank && first.as == element_of(static_cast<int>(type_of<T>())).as) {
+    std::copy_n(row, size.split, static_cast<T*>(const_cast<void*>(first.data)) + to * first.width);
+  } else {
+    put(first, to, number);
+  }
+  put(p.part[1], to, [&](Index i) { return number(size.split + i); });
 }
 
 template <class T>
@@ -238,8 +242,8 @@ Problem<T> make_problem(const Layout& layout, const Sizes& size, const Inputs& i
   p.rope_index = layout.rope_index.data();
   p.band_index = layout.band_index.data();
   p.query = inputs[kQuery].as<T>();
-  p.latent = stored_in(outputs.present_latent, inputs[kPastLatent], size.rank);
-  p.rope = stored_in(outputs.present_rope, inputs[kPastRope], size.rope_dim);
+  p.part[0] = stored_in(outputs.present_latent, inputs[kPastLatent], size.split);
+  p.part[1] = stored_in(outputs.present_rope, inputs[kPastRope], size.rank + size.rope_dim - size.split);
   p.cos = inputs[kCos].as<float>();
   p.sin = inputs[kSin].as<float>();
   p.position_ids = inputs[kPositionIds].as<std::int64_t>();
@@ -295,6 +299,22 @@ Index widest_level(const Level* levels, Index count) {
 }
 
 template <class T>
+ChunkScratch lay_chunk(const Problem<T>& p, Carver& carver) {
+  const Sizes& size = p.size;
+  ChunkScratch s{};
+  const bool whole = size.split != size.rank;
+  if (whole || p.part[0].as != Storage::float32) {
+    s.latent_step = padded(whole ? size.rank + size.rope_dim : size.rank);
+    s.latent = carver.take<float>(kChunk * s.latent_step);
+  }
+  if (!whole && p.part[1].as != Storage::float32) {
+    s.rope_step = padded(size.rope_dim);
+    s.rope = carver.take<float>(kChunk * s.rope_step);
+  }
+  return s;
+}
+
+template <class T>
 AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
   const Sizes& size = p.size;
   AbsorbScratch s{};
@@ -307,14 +327,7 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
   s.turn = carver.take<float>(2 * pairs);
   s.scores = carver.take<float>(rows * (kChunk + kPad));
   if (size.orders > 1) s.slopes = carver.take<float>(rows * (kChunk + kPad));
-  if (p.latent.as != Storage::float32) {
-    s.rank_width = padded(size.rank);
-    s.latent = carver.take<float>(kChunk * s.rank_width);
-  }
-  if (p.rope.as != Storage::float32) {
-    s.rope_width = padded(size.rope_dim);
-    s.rope = carver.take<float>(kChunk * s.rope_width);
-  }
+  s.chunk = lay_chunk(p, carver);
   return s;
 }
 
@@ -324,10 +337,7 @@ ExpandScratch lay_expand(const Problem<T>& p, Index width, Carver& carver) {
   ExpandScratch s{};
   s.key_width = padded(size.key_rank);
   if (p.key_up) s.key_up = carver.take<float>(size.nope_dim * s.key_width);
-  if (p.latent.as != Storage::float32) {
-    s.rank_width = padded(size.rank);
-    s.latent = carver.take<float>(kChunk * s.rank_width);
-  }
+  s.chunk = lay_chunk(p, carver);
   // Products of four keys are stored together: the last row may run over.
   s.keys = carver.take<float>(kChunk * width + kPad);
   s.values = carver.take<float>(kChunk * padded(size.value_dim));

@@ -84,6 +84,7 @@ Layout checked(const Attributes& a) {
   within("rope_dim", a.rope_dim, 0, kLargest);
   if (a.rope_dim % 2 != 0) throw Refused("attribute rope_dim is " + text(a.rope_dim) + "; expected an even number");
   within("nope_dim", a.nope_dim, 0, kLargest);
+  within("split", a.split, 0, a.rank + a.rope_dim);
   within("causal", a.causal, 0, 1);
   within("shared_buffer", a.shared_buffer, 0, 1);
   if (!std::isfinite(a.scale)) throw Refused("attribute scale is " + std::to_string(a.scale) + "; expected a number");
@@ -322,6 +323,7 @@ Sizes from_attributes(const Layout& layout) {
   size.value_rank = a.rank - a.value_offset;
   size.rope_dim = a.rope_dim;
   size.nope_dim = a.nope_dim;
+  size.split = a.split;
   size.pairs = static_cast<Index>(layout.band_index.size());
   size.orders = layout.orders;
   size.levels = static_cast<Index>(layout.levels.size());
@@ -343,9 +345,9 @@ Sizes checked(const Layout& layout, const Inputs& inputs, Type model) {
   check_maps(layout, inputs, check, size);
   check.shape(kQuery, {{"batch", -1, 1}, {"tokens", -1, 1}, {"num_heads * head size", size.heads * size.query_dim}});
   check.shape(kRow, {{"batch", size.batch}, {"tokens", size.fresh}, {"rank + rope_dim", size.rank + size.rope_dim}});
-  check.cache(kPastLatent, size.batch, -1, "rank", size.rank);
+  check.cache(kPastLatent, size.batch, -1, "split", size.split);
   const Index rows = check.dim(kPastLatent, 2);
-  check.cache(kPastRope, size.batch, rows, "rope_dim", size.rope_dim);
+  check.cache(kPastRope, size.batch, rows, "rank + rope_dim - split", size.rank + size.rope_dim - size.split);
   size.total = total_length(layout, check, inputs, size.fresh);
   size.capacity = layout.attributes.shared_buffer ? rows : size.total;
   check_tables(layout, inputs, check, size);

@@ -79,8 +79,8 @@ struct Tensor {
 using Inputs = std::array<Tensor, kInputs>;
 
 struct Attributes {
-  std::int64_t num_heads, kv_groups, rank, key_rank, value_offset, rope_dim, nope_dim, local_window_size, causal,
-      shared_buffer;
+  std::int64_t num_heads, kv_groups, rank, key_rank, value_offset, rope_dim, nope_dim, split, local_window_size,
+      causal, shared_buffer;
   std::vector<std::int64_t> rope_index, band_index, band_block;
   float scale, softcap;
   std::vector<float> band_a0, band_a1;

@@ -44,9 +44,10 @@ inline void turn_keys(const Problem<T>& p, Index first, Index count, const Expan
 }
 
 template <class T>
-inline void decode_keys(const Problem<T>& p, Index group, Index first, Index count, const Rows& latent, Index at,
+inline void decode_keys(const Problem<T>& p, Index group, Index first, Index count, const Chunk& chunk,
                         const ExpandScratch& scratch, Index width) {
   const Sizes& size = p.size;
+  const auto& [latent, rope] = chunk;
   const Index n = size.nope_dim;
   if (n > 0 && p.key_up) {
     const Span span = {latent.data, latent.step, scratch.key_up, scratch.key_width, size.key_rank};
@@ -60,7 +61,7 @@ inline void decode_keys(const Problem<T>& p, Index group, Index first, Index cou
     for (Index row = 0; row < count; ++row) widen(latent.data + row * latent.step, scratch.keys + row * width, n);
   }
   for (Index row = 0; row < count; ++row) {
-    unpack(p.rope, at + row, scratch.keys + row * width + n);
+    widen(rope.data + row * rope.step, scratch.keys + row * width + n, size.rope_dim);
   }
 }
 
@@ -102,9 +103,9 @@ void expand(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, co
   const Sight<T> all = seen_by(queries.sight, rows);
   for (Index first = all.first; first < all.end; first += kChunk) {
     const Index keys = least(kChunk, all.end - first), at = tile.batch * size.capacity + first;
-    const Rows latent = read_rows(p.latent, at, keys, scratch.latent, scratch.rank_width);
-    decode_keys(p, group, first, keys, latent, at, scratch, queries.width);
-    const Rows values = decode_values(p, group, keys, latent, scratch.values, part.value_width);
+    const Chunk chunk = read_chunk(p, at, keys, scratch.chunk);
+    decode_keys(p, group, first, keys, chunk, scratch, queries.width);
+    const Rows values = decode_values(p, group, keys, chunk.latent, scratch.values, part.value_width);
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
     for (Index row = 0; row < rows; row += kQueryRows) {
       const Index some = least(kQueryRows, rows - row);

@@ -104,6 +104,7 @@ Attributes read_attributes(const OrtKernelInfo* info) {
   a.value_offset = read_int(info, "value_offset");
   a.rope_dim = read_int(info, "rope_dim");
   a.nope_dim = read_int(info, "nope_dim");
+  a.split = read_int(info, "split");
   a.local_window_size = read_int(info, "local_window_size");
   a.causal = read_int(info, "causal");
   a.shared_buffer = read_int(info, "shared_buffer");

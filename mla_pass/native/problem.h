@@ -30,7 +30,8 @@ constexpr Index kSegments = 4;
 constexpr int kOctave = 8;
 constexpr int kLargestWhole = 127;
 
-// One tensor of the cache: rows of `numbers` numbers that take `width` elements each.
+// One tensor of the cache: rows of `numbers` numbers that take `width` elements each. A token's row, the latent and the
+// rope part behind it, lies in two of them: the first `split` numbers in one, the others in the other.
 struct Stored {
   const void* data;
   Storage as;
@@ -55,7 +56,7 @@ constexpr Index kChunk = 64;
 struct Sizes {
   Index batch, fresh, total;
   Index heads, groups;
-  Index rank, key_rank, value_offset, value_rank, rope_dim, nope_dim;
+  Index rank, key_rank, value_offset, value_rank, rope_dim, nope_dim, split;
   Index query_dim;  // numbers a head of the query input has: D, or n + p without query_map
   Index value_dim;  // numbers a head of the context has: V, or w without value_up
   Index pairs, orders, levels;
@@ -79,8 +80,7 @@ struct Problem {
   const Index* band_index;
   const float* fit;  // [2][m][2]: the complex fits A0 and A1 of every band pair, see body.py
   const T* query;
-  Stored latent;
-  Stored rope;
+  Stored part[2];
   const float* cos;
   const float* sin;
   const std::int64_t* position_ids;
@@ -131,6 +131,14 @@ struct Partial {
   Index value_width;
 };
 
+// Room for a chunk of cached rows as float32: two matrices, or one of whole rows where the tensors do not split latent
+// from rope; null where what is stored can be read as it lies.
+struct ChunkScratch {
+  float* latent;  // [kChunk][latent_step]
+  float* rope;    // [kChunk][rope_step]
+  Index latent_step, rope_step;
+};
+
 // Room for one thread in the absorbed form.
 struct AbsorbScratch {
   float* query[kMaxLevels];  // [orders][rows][key_width]: latent queries of the level's present block
@@ -139,20 +147,18 @@ struct AbsorbScratch {
   float* turn;               // [orders][2][pairs of the widest level]
   float* scores;             // [rows][kChunk + kPad]
   float* slopes;             // the same, for the order that follows the offset
-  float* latent;             // [kChunk][rank_width], unused where the latents are stored as float32
-  float* rope;               // [kChunk][rope_width], the same
-  Index rank_width, rope_width;
+  ChunkScratch chunk;
 };
 
 // Room for one thread in the expanded form.
 struct ExpandScratch {
   float* key_up;  // [n][key_width] of one group
-  float* latent;  // [kChunk][rank_width]
+  ChunkScratch chunk;
   float* keys;    // [kChunk][width]: decoded, turned, with the rope part behind them
   float* values;  // [kChunk][value_width]
   float* factor;  // [4][m]
   float* scores;  // [query rows at a time][kChunk + kPad]
-  Index rank_width, key_width;
+  Index key_width;
 };
 
 // Room for finishing a tile.

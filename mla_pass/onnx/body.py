@@ -10,7 +10,8 @@ Inputs
     query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map; without key_up n = k
     row [B, S, r+p]          new rows [latent, rope real parts, rope imaginary parts], not yet rotated
     past_latent [B, 1, C, r], past_rope [B, 1, C, p]: of the model's type, of 16 bits, or int8 with four codes behind
-        each row (mla_pass.storage)
+        each row (mla_pass.storage). A row [latent, rotated rope part] is cut at column `split`, which is r but where a
+        runtime asks for something else: then [B, 1, C, split] and [B, 1, C, r+p-split]
     cos, sin [max, R/2]      float32 table of every frequency of the site's rope
     position_ids [B or 1, S] int64: position of each new token, for the cached rotation
     total_length [1]         int64, T: the new rows are rows T-S..T-1 of the cache
@@ -20,8 +21,8 @@ Inputs
 Outputs
     context [B, S, H*V] (w in place of V without value_up), present_latent, present_rope: the past with the new rows
 Attributes, every one written on the node: num_heads, kv_groups, rank, key_rank (all of rank if not said),
-    value_offset (0 if not said), rope_dim, nope_dim, rope_index [p/2] and band_index [m] (columns of the tables),
-    band_block, band_a0, band_a1 [m], scale, softcap (0: none), local_window_size (-1: none), causal, shared_buffer.
+    value_offset (0 if not said), rope_dim, nope_dim, split, rope_index [p/2] and band_index [m] (columns of the
+    tables), band_block, band_a0, band_a1 [m], scale, softcap (0: none), local_window_size (-1: none), causal, shared_buffer.
 
 Scores come in two forms that give the same numbers. Expanded: the keys are decoded, turned by their block's factor and
 multiplied with the query; cheaper for many new tokens. Absorbed: for each block the query is turned to the block's
@@ -52,7 +53,7 @@ INPUTS = (
 _INT, _INTS, _FLOAT, _FLOATS = (getattr(ir.AttributeType, name) for name in ("INT", "INTS", "FLOAT", "FLOATS"))
 ATTRIBUTES = {
     "num_heads": _INT, "kv_groups": _INT, "rank": _INT, "key_rank": _INT, "value_offset": _INT, "rope_dim": _INT,
-    "nope_dim": _INT, "rope_index": _INTS, "band_index": _INTS, "band_block": _INTS, "band_a0": _FLOATS,
+    "nope_dim": _INT, "split": _INT, "rope_index": _INTS, "band_index": _INTS, "band_block": _INTS, "band_a0": _FLOATS,
     "band_a1": _FLOATS, "scale": _FLOAT, "softcap": _FLOAT, "local_window_size": _INT, "causal": _INT,
     "shared_buffer": _INT,
 }  # fmt: skip
@@ -88,6 +89,8 @@ class Variant:
     latent_dtype: str
     rope_dtype: str
     """What the two parts of a row are stored as: `same` as the model, float16, bfloat16 or int8."""
+    split: int
+    """Numbers of a row in the first part: the rank, unless the two tensors do not tell latent from rope."""
 
     @property
     def levels(self) -> list[tuple[int, int, int]]:
@@ -128,7 +131,7 @@ def node_attributes(v: Variant, rope_index: np.ndarray) -> list[ir.Attr]:
     """Every attribute of a node, written out: a kernel does not see a function's defaults."""
     integers = {
         "num_heads": v.num_heads, "kv_groups": v.kv_groups, "rank": v.rank, "key_rank": v.key_rank,
-        "value_offset": v.value_offset, "rope_dim": v.rope_dim, "nope_dim": v.nope_dim,
+        "value_offset": v.value_offset, "rope_dim": v.rope_dim, "nope_dim": v.nope_dim, "split": v.split,
         "local_window_size": v.window if v.window > 0 else -1, "causal": int(v.causal),
         "shared_buffer": int(v.shared_buffer),
     }  # fmt: skip
@@ -212,7 +215,7 @@ class Body:
     # ---- cache
 
     def write_rows(self) -> tuple[ir.Value, ir.Value, tuple[ir.Value, ir.Value]]:
-        """Rotate and store the new rows. Returns the T live rows of both tensors and both presents."""
+        """Rotate and store the new rows. Returns latents and rope parts of the T live rows, and both presents."""
         o, v, i = self.o, self.v, self.inputs
         index = ir.Value(name="rope_columns")
         node = ir.Node(
@@ -224,7 +227,9 @@ class Body:
         rope = o.cut(i["row"], v.rank, v.rank + v.rope_dim, 2)
         rope = self.turn_rope(rope, ()) if v.rope_dim else rope
         live, presents = [], []
-        parts = (("past_latent", latent, v.rank, v.latent_dtype), ("past_rope", rope, v.rope_dim, v.rope_dtype))
+        width = v.rank + v.rope_dim
+        first, second = self.cut_again(latent, rope, v.rank, v.split, 2)
+        parts = (("past_latent", first, v.split, v.latent_dtype), ("past_rope", second, width - v.split, v.rope_dtype))
         for name, new, width, dtype in parts:
             past, new = i[name], self.packed(o.unsqueeze(new, 1), i[name], width, dtype)
             if v.shared_buffer:
@@ -235,7 +240,15 @@ class Body:
                 rows = present = o("Concat", past, new, axis=2)
             live.append(self.unpacked(rows, width, dtype))
             presents.append(present)
-        return live[0], live[1], (presents[0], presents[1])
+        return *self.cut_again(live[0], live[1], v.split, v.rank, 3), (presents[0], presents[1])
+
+    def cut_again(self, a: ir.Value, b: ir.Value, was: int, at: int, axis: int) -> tuple[ir.Value, ir.Value]:
+        """Two parts of a row that was cut at column `was`, cut at column `at`."""
+        if was == at:
+            return a, b
+        o, width = self.o, self.v.rank + self.v.rope_dim
+        whole = o("Concat", a, b, axis=axis)
+        return o.cut(whole, 0, at, axis), o.cut(whole, at, width, axis)
 
     def packed(self, x: ir.Value, past: ir.Value, width: int, dtype: str) -> ir.Value:
         """Rows [B, 1, S, width] as they are stored in `past`; 8 bits as in `mla_pass.storage.encoded`."""

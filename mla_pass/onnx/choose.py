@@ -75,7 +75,7 @@ class Chooser:
         """Fold every site as `config` says, its mix given or the usual one."""
         if self._last is not None and self._last[0] == config:
             return self._last[1]
-        formats = [row_format(site.dtype, config.cache_dtype, config.rope_dtype) for site in self.sites]
+        formats = [row_format(site.dtype, config) for site in self.sites]
         splits = choose_splits(self.options(config), formats, config)
         self.progress("folding", 0, len(splits))
         conversions = []

@@ -29,6 +29,8 @@ from mla_pass.storage import STORED, RowFormat, stored_width
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 OVERLOADS_SINCE_IR = 10
 OLDEST_OPSET = 18
+HALVES = ("row_0", "row_1")
+"""Ends of the names of a layer's caches that hold half a row each."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ class Emitter:
             key_up=not plan.key_up and w.nope_dim > 0, value_up=not plan.value_up, shared_buffer=self.shared_buffer,
             latent_dtype="same" if conversion.row.latent == site.dtype else conversion.row.latent,
             rope_dtype="same" if conversion.row.rope == site.dtype else conversion.row.rope,
+            split=conversion.row.split(w.rank, w.rope_dim),
         )  # fmt: skip
 
     def function(self, variant: Variant) -> ir.Function:
@@ -257,16 +260,20 @@ class Emitter:
         return self.total
 
     def cache_inputs(self, conversion: Conversion) -> tuple[ir.Value, ir.Value]:
-        """New graph inputs past.{layer}.latent and .rope in place of past keys and values."""
+        """New graph inputs past.{layer}.latent and .rope, or .row_0 and .row_1, in place of past keys and values."""
         site, w, row, inputs = conversion.site, conversion.weights, conversion.row, self.graph.inputs
         rows = "capacity" if self.shared_buffer else "past"
+        split = row.split(w.rank, w.rope_dim)
+        names = HALVES if row.halves else ("latent", "rope")
+        sizes = (split, w.rank + w.rope_dim - split)
         batch = site.cache.past_key.shape[0]
         made = [
             ir.Value(
-                name=f"past.{site.layer}.{kind}", shape=ir.Shape([batch, 1, rows, stored_width(numbers, dtype)]),
+                name=f"past.{site.layer}.{kind}",
+                shape=ir.Shape([batch, 1, rows, stored_width(numbers, dtype)]),
                 type=ir.TensorType(ir.DataType.from_numpy(STORED[dtype])),
             )
-            for kind, numbers, dtype in (("latent", w.rank, row.latent), ("rope", w.rope_dim, row.rope))
+            for kind, numbers, dtype in zip(names, sizes, (row.latent, row.rope), strict=True)
         ]
         for old, new in zip((site.cache.past_key, site.cache.past_value), made, strict=True):
             inputs[inputs.index(old)] = new
@@ -275,7 +282,7 @@ class Emitter:
     def cache_outputs(
         self, site: AttentionSite, presents: Sequence[ir.Value], latent: ir.Value, rope: ir.Value
     ) -> None:
-        """New graph outputs present.{layer}.latent and .rope in place of present keys and values."""
+        """New graph outputs, named and sized as the inputs, in place of present keys and values."""
         outputs = self.graph.outputs
         olds = (site.cache.present_key, site.cache.present_value)
         for old, new, past in zip(olds, presents, (latent, rope), strict=True):

@@ -13,7 +13,8 @@ from mla_pass.onnx.emit import DTYPES
 from mla_pass.onnx.instrument import open_session
 from mla_pass.onnx.io import external_tensors
 from mla_pass.onnx.perplexity import token_losses
-from mla_pass.onnx.session import allocate, ort_errors, read_ports, value_of
+from mla_pass.onnx.ports import read_ports
+from mla_pass.onnx.session import allocate, ort_errors, value_of
 from mla_pass.site import AttentionSite
 
 LARGEST_BYTES = 2_000_000_000

@@ -1,16 +1,7 @@
 """Running a model on plain ONNX Runtime: what its cache is, and a decoder that keeps that cache in place.
 
-Original and converted models are read the same way, from the graph's inputs and outputs alone:
-
-- integer inputs are tokens: ``input_ids`` [B, S], ``attention_mask`` [B, T], ``position_ids`` [B, S];
-- inputs of rank 4, [B, heads, rows, width], of floats or int8, are the cache; so are the outputs of that kind;
-- the output left over is the logits [B, S, vocab].
-
-Cache inputs pair with cache outputs by what follows the first dot of their names where that is one to one
-(``past.3.latent``, ``present.3.latent``), by order otherwise; heads, width and element type of a pair must agree.
-A pair whose two row dimensions carry one symbol is *shared*: a buffer of `capacity` rows, of which the graph writes
-rows P..T-1. Any other pair is *growing*: present = past followed by the new rows. A model may hold both kinds, as one
-that was converted in part does.
+What the cache is follows from the graph's inputs and outputs alone (`onnx.ports`), for original and converted models
+alike.
 """
 
 from __future__ import annotations
@@ -20,59 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from mla_pass import native
 from mla_pass.errors import MlaPassError
+from mla_pass.onnx.ports import FLOATS, CacheSpec, CacheTensor, read_ports
 
-TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 CPU = "CPUExecutionProvider"
-
-_FLOATS: dict[str, np.dtype] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
-    "tensor(double)": np.dtype(np.float64),
-}
-_CACHED = _FLOATS | {"tensor(int8)": np.dtype(np.int8)}
-_INTEGERS: dict[str, np.dtype] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 _DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda"}
-
-
-@dataclass(frozen=True)
-class CacheTensor:
-    """One cache tensor of the graph, [B, heads, rows, width]."""
-
-    past: str
-    """Name of the graph input."""
-    present: str
-    """Name of the graph output."""
-    heads: int
-    width: int
-    dtype: np.dtype
-    kind: Literal["growing", "shared"]
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes one row of one sequence takes."""
-        return self.heads * self.width * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """All cache tensors of a model, in the order of its inputs."""
-
-    tensors: tuple[CacheTensor, ...]
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes one token of one sequence takes over all layers."""
-        return sum(tensor.bytes_per_token for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -187,59 +137,6 @@ def model_path(folder: str | Path) -> Path:
     return path
 
 
-def read_ports(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[CacheSpec, dict[str, np.dtype], Any]:
-    """Sort a graph's inputs and outputs (objects with name, shape and type) as the module's docstring says.
-
-    Returns the cache, the token inputs with their types, and the output that is the logits.
-    """
-    pasts = [port for port in inputs if port.type in _CACHED and len(port.shape) == 4]
-    presents = [port for port in outputs if port.type in _CACHED and len(port.shape) == 4]
-    rest = [port for port in inputs if port not in pasts]
-    for port in rest:
-        if port.name not in TOKEN_INPUTS or port.type not in _INTEGERS:
-            raise MlaPassError(
-                f"graph input {port.name} is {port.type} {port.shape}; expected integers named one of "
-                f"{', '.join(TOKEN_INPUTS)} or a cache of floats or int8 [batch, heads, rows, width]; export the model "
-                "with mla-pass export"
-            )
-    logits = [port for port in outputs if port not in presents]
-    if len(logits) != 1 or logits[0].type not in _FLOATS or len(logits[0].shape) != 3:
-        found = ", ".join(f"{port.name} {port.type} {port.shape}" for port in logits) or "none"
-        raise MlaPassError(f"beside the cache the graph's outputs are: {found}; expected logits [batch, tokens, vocab]")
-    if "input_ids" not in {port.name for port in rest}:
-        raise MlaPassError("the graph has no input input_ids; expected a model that reads token ids")
-    tokens = {port.name: _INTEGERS[port.type] for port in rest}
-    return CacheSpec(tuple(_pair(past, present) for past, present in _pairs(pasts, presents))), tokens, logits[0]
-
-
-def _pairs(pasts: list[Any], presents: list[Any]) -> list[tuple[Any, Any]]:
-    if len(pasts) != len(presents):
-        raise MlaPassError(
-            f"the graph has {len(pasts)} cache inputs and {len(presents)} cache outputs; expected one output an input"
-        )
-    by_tail = {port.name.partition(".")[2]: port for port in presents}
-    tails = [port.name.partition(".")[2] for port in pasts]
-    if len(by_tail) == len(presents) and set(tails) == set(by_tail):
-        return [(past, by_tail[tail]) for past, tail in zip(pasts, tails, strict=True)]
-    return list(zip(pasts, presents, strict=True))
-
-
-def _pair(past: Any, present: Any) -> CacheTensor:
-    heads, rows, width = past.shape[1:]
-    if not (isinstance(heads, int) and isinstance(width, int)) or isinstance(rows, int):
-        raise MlaPassError(
-            f"cache input {past.name} has shape {past.shape}; expected fixed heads and width and a dynamic number of "
-            "rows, [batch, heads, rows, width]"
-        )
-    if present.type != past.type or present.shape[1] != heads or present.shape[3] != width:
-        raise MlaPassError(
-            f"cache input {past.name} {past.type} {past.shape} meets output {present.name} {present.type} "
-            f"{present.shape}; expected equal types, heads and widths"
-        )
-    shared = rows is not None and rows == present.shape[2]
-    return CacheTensor(past.name, present.name, heads, width, _CACHED[past.type], "shared" if shared else "growing")
-
-
 def _describe(ort: Any, path: Path, device: str, fused: bool) -> ModelSession:
     cache, tokens, logits = read_ports(ort.get_inputs(), ort.get_outputs())
     limit = ort.get_modelmeta().custom_metadata_map.get("mla_pass.max_position")
@@ -250,7 +147,7 @@ def _describe(ort: Any, path: Path, device: str, fused: bool) -> ModelSession:
         cache=cache,
         tokens=tokens,
         logits_name=logits.name,
-        logits_dtype=_FLOATS[logits.type],
+        logits_dtype=FLOATS[logits.type],
         vocab=vocab if isinstance(vocab, int) else None,
         max_position=int(limit) if limit is not None else None,
         device=device,

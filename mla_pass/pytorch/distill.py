@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mla_pass.errors import MlaPassError
-from mla_pass.pytorch.graph import TorchGraph, ports
+from mla_pass.onnx.ports import graph_ports
+from mla_pass.pytorch.graph import TorchGraph
 from mla_pass.pytorch.trainable import constants
 
 LOGITS = 1 << 24
@@ -104,7 +105,7 @@ class _Predictor:
     """One model in two parts: tokens to hidden state, hidden state to logits."""
 
     def __init__(self, model: ir.Model, device: str) -> None:
-        _, self.output = ports(model.graph)
+        *_, self.output = graph_ports(model.graph)
         self.before = before_logits(model.graph, self.output)
         self.graph = TorchGraph(model, outputs=[self.output], device=device)
         self.vocab = self.logits(self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))).shape[-1]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mla_pass.onnx.instrument import heads_first
-from mla_pass.pytorch.graph import TorchGraph, ports
+from mla_pass.onnx.ports import graph_ports
+from mla_pass.pytorch.graph import TorchGraph
 from mla_pass.site import AttentionSite, Branch
 
 
@@ -45,7 +46,7 @@ class Gradients:
         self.sites = tuple(sites)
         branches = [branch.value for site in sites for branch in (site.query, site.key, site.value)]
         contexts = [site.context for site in sites]
-        self.graph = TorchGraph(model, outputs=[*branches, *contexts, logits or ports(model.graph)[1]])
+        self.graph = TorchGraph(model, outputs=[*branches, *contexts, logits or graph_ports(model.graph)[2]])
         self.projections = [torch.from_numpy(site.output.weight.read().astype(np.float32)) for site in sites]
         self.logits = logits or self.graph.logits
 

@@ -19,14 +19,9 @@ from torch import Tensor
 from mla_pass.errors import MlaPassError
 from mla_pass.onnx.cut import constant_tensor
 from mla_pass.onnx.emit import OLDEST_OPSET
-from mla_pass.onnx.session import CacheSpec, read_ports
+from mla_pass.onnx.ports import graph_ports
 from mla_pass.pytorch.ops import Attributes, Operator, operator
 
-_PORT_TYPES = {
-    ir.DataType.FLOAT: "float", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.DOUBLE: "double", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32",
-    ir.DataType.INT8: "int8",
-}  # fmt: skip
 _TYPE_ATTRIBUTES = {"to", "dtype"}
 
 
@@ -68,7 +63,7 @@ class TorchGraph:
                 "model again at that opset"
             )
         self.dtype, self.device = dtype, device
-        self.cache, self.logits = ports(model.graph)
+        self.cache, _, self.logits = graph_ports(model.graph)
         needed = _needed(model.graph, model.graph.outputs if outputs is None else outputs)
         operators = {node: operator(node) for node in needed}
         self.parameters: dict[str, Tensor] = {}
@@ -178,27 +173,6 @@ class TorchGraph:
             else pasts[str(value.name)]
             for value in self._inputs
         }
-
-
-@dataclass(frozen=True)
-class _Port:
-    """A graph input or output as ONNX Runtime would describe it."""
-
-    name: str
-    type: str
-    shape: list[int | str | None]
-
-
-def ports(graph: ir.Graph) -> tuple[CacheSpec, ir.Value]:
-    """A graph's cache and its logits. Raises MlaPassError when it is no language model's (see `onnx.session`)."""
-
-    def port(value: ir.Value) -> _Port:
-        sizes = [] if value.shape is None else [n if isinstance(n, int) else n.value for n in value.shape.dims]
-        kind = "?" if value.dtype is None else _PORT_TYPES.get(value.dtype, value.dtype.name.lower())
-        return _Port(str(value.name), f"tensor({kind})", sizes)
-
-    cache, _, logits = read_ports([port(value) for value in graph.inputs], [port(value) for value in graph.outputs])
-    return cache, next(value for value in graph.outputs if value.name == logits.name)
 
 
 _FIRST_ONLY = {"Reshape", "Expand", "Slice", "Split", "Squeeze", "Unsqueeze", "TopK", "CumSum"}

@@ -37,8 +37,13 @@ class _Node:
         """Write the rows, attend over the live ones."""
         a, given = self.a, self.given
         latent, rope = given["row"].split([a["rank"], a["rope_dim"]], dim=-1)
-        parts = (("past_latent", latent), ("past_rope", turn(rope, *self.angles())))
-        (latent, rope), presents = zip(*(self.stored(name, new[:, None]) for name, new in parts), strict=True)
+        row = torch.cat([latent, turn(rope, *self.angles())], -1)
+        parts = row.tensor_split([a["split"]], dim=-1)
+        pasts = ("past_latent", "past_rope")
+        live, presents = zip(
+            *(self.stored(name, new[:, None]) for name, new in zip(pasts, parts, strict=True)), strict=True
+        )
+        latent, rope = torch.cat(live, -1).split([a["rank"], a["rope_dim"]], dim=-1)
         keys = self.keys(latent[..., : a["key_rank"]])
         key = torch.cat([keys, rope.expand(-1, keys.shape[1], -1, -1)], -1)
         value = latent[..., a["value_offset"] :]

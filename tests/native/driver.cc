@@ -116,7 +116,7 @@ struct Node {
   Inputs in{};
   Buffer buffer[kInputs], context, present[2];
   Index batch, fresh, total, capacity, angles;
-  Type stored[2];  // of latents and rope parts
+  Type stored[2];  // of the two parts of a row
 
   explicit Node(Random& random) {
     a.kv_groups = random.pick({1, 2, 3});
@@ -125,6 +125,7 @@ struct Node {
     a.key_rank = 1 + random.below(a.rank);
     a.value_offset = random.below(a.rank);
     a.rope_dim = 2 * random.below(6);
+    a.split = random.chance(0.6) ? a.rank : random.below(a.rank + a.rope_dim + 1);
     a.causal = random.chance(0.8);
     a.shared_buffer = random.chance(0.6);
     a.local_window_size = random.pick({-1, -1, 1, 9, 90});
@@ -145,8 +146,8 @@ struct Node {
       type = static_cast<Type>(random.pick({static_cast<Index>(type_of<T>()), static_cast<Index>(Type::float16),
                                             static_cast<Index>(Type::bfloat16), static_cast<Index>(Type::int8)}));
     }
-    give_cache(kPastLatent, random, stored[0], a.rank);
-    give_cache(kPastRope, random, stored[1], a.rope_dim);
+    give_cache(kPastLatent, random, stored[0], numbers(0));
+    give_cache(kPastRope, random, stored[1], numbers(1));
     give_tables(random);
     if (random.chance(0.5)) give_mask(random);
     if (random.chance(0.3)) {
@@ -203,14 +204,19 @@ struct Node {
     with_type(type, [&](auto x) { put<decltype(x)>(input, values, {batch, 1, capacity, width}); });
   }
 
-  // A number of a present.
-  double number(int part, Index row, Index column) const {
-    const Index numbers = part == 0 ? a.rank : a.rope_dim, width = stored_width(numbers, stored[part]);
+  // Of a row, in one of the two tensors.
+  Index numbers(int part) const { return part == 0 ? a.split : a.rank + a.rope_dim - a.split; }
+
+  // A number of a present row, latents before the rope part.
+  double number(Index row, Index column) const {
+    const int part = column < a.split ? 0 : 1;
+    const Index place = part == 0 ? column : column - a.split, count = numbers(part);
+    const Index width = stored_width(count, stored[part]);
     const void* data = present[part].data.get();
-    const double x = with_type(stored[part], [&](auto kind) { return at<decltype(kind)>(data, row * width + column); });
+    const double x = with_type(stored[part], [&](auto kind) { return at<decltype(kind)>(data, row * width + place); });
     if (stored[part] != Type::int8) return x;
-    const Index segment = column / ((numbers + 3) / 4);
-    return x * std::exp2(at<std::int8_t>(data, row * width + numbers + segment) / 8);
+    const Index segment = place / ((count + 3) / 4);
+    return x * std::exp2(at<std::int8_t>(data, row * width + count + segment) / 8);
   }
 
   void give(Input input, Random& random, std::initializer_list<Index> dims) {
@@ -283,12 +289,12 @@ struct Node {
     for (Index i = 0; i < n; ++i) {
       double& x = key[static_cast<std::size_t>(i)];
       if (!in[kKeyUp].given) {
-        x = number(0, present_row, i);
+        x = number(present_row, i);
         continue;
       }
       x = input(kKeyMean, group * n + i);
       for (Index c = 0; c < a.key_rank; ++c) {
-        x += input(kKeyUp, (group * n + i) * a.key_rank + c) * number(0, present_row, c);
+        x += input(kKeyUp, (group * n + i) * a.key_rank + c) * number(present_row, c);
       }
     }
     double out = 0;
@@ -311,7 +317,7 @@ struct Node {
     for (Index i = 0; i < half; ++i) {
       const Complex turn = angle(position, a.rope_index[static_cast<std::size_t>(i)]);
       out += (std::conj(Complex(dim(n + i), dim(n + half + i)) * turn) *
-              Complex(number(1, present_row, i), number(1, present_row, half + i)))
+              Complex(number(present_row, a.rank + i), number(present_row, a.rank + half + i)))
                  .real();
     }
     out *= a.scale;
@@ -338,7 +344,7 @@ struct Node {
     std::vector<double> mixed(static_cast<std::size_t>(w));
     for (Index t = 0; t < total; ++t) {
       for (Index c = 0; c < w; ++c) {
-        const double x = number(0, b * size.capacity + t, a.value_offset + c);
+        const double x = number(b * size.capacity + t, a.value_offset + c);
         mixed[static_cast<std::size_t>(c)] += mass > 0 ? weight[static_cast<std::size_t>(t)] * x / mass : 0;
       }
     }
@@ -450,9 +456,9 @@ void check_no_allocation() {
     const Sizes size = checked(layout, node.in, Type::float16);
     // Room for the widest type that a row may be stored as.
     std::vector<float> context(static_cast<std::size_t>(size.batch * size.fresh * size.heads * size.value_dim)),
-        latent(static_cast<std::size_t>(size.batch * size.capacity * (size.rank + 4))),
-        rope(static_cast<std::size_t>(size.batch * size.capacity * (size.rope_dim + 4)));
-    const Outputs outputs = {context.data(), latent.data(), rope.data()};
+        first(static_cast<std::size_t>(size.batch * size.capacity * (node.numbers(0) + 4))),
+        second(static_cast<std::size_t>(size.batch * size.capacity * (node.numbers(1) + 4)));
+    const Outputs outputs = {context.data(), first.data(), second.data()};
     for (const Index workers : {Index{1}, Index{8}}) {
       const Threads threads = {nullptr, run_here, workers};
       const auto step = [&] {
