@@ -26,6 +26,8 @@ constexpr Index kMacroRows = 2048;
 constexpr Index kLeastMacroRows = 256;
 // Fewer keys are not worth a part of their own: it starts every level of bands anew and adds a term to the join.
 constexpr Index kLeastKeys = 256;
+// Numbers of latent queries that are made ahead, 128 KB.
+constexpr Index kBandFloats = 32768;
 
 Index padded(Index count) { return (count + kPad - 1) / kPad * kPad; }
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
@@ -314,17 +316,35 @@ ChunkScratch lay_chunk(const Problem<T>& p, Carver& carver) {
   return s;
 }
 
+// Blocks of one level that so many rows can touch, wherever they begin.
+Index blocks_touched(Index rows, Index block) { return (rows + block - 2) / block + 1; }
+
+// As many blocks of the finest level at a time as stay in the caches next to a core: heads times blocks are the rows of
+// the products that make their queries.
+template <class T>
+void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s) {
+  const Sizes& size = p.size;
+  if (size.levels == 0) return;
+  const Index query = size.orders * rows * padded(size.key_rank), finest = p.level[0].block;
+  s.blocks = std::clamp<Index>(kBandFloats / query, 1, std::min(kPad, ceil_div(kChunk, finest)));
+  const Index reach = std::min(kChunk, s.blocks * finest);
+  Index most = 0;
+  for (Index level = 0; level < size.levels; ++level) {
+    const Level& band = p.level[level];
+    const Index blocks = std::min(s.blocks, blocks_touched(reach, band.block));
+    s.query[level] = carver.take<float>(blocks * query);
+    s.mean[level] = carver.take<float>(size.orders * rows * kPad);
+    most = std::max(most, (band.end - band.begin) * rows * blocks);
+  }
+  s.turned = carver.take<float>(size.orders * 2 * most);
+  s.turn = carver.take<float>(size.orders * widest_level(p.level, size.levels) * 2 * kPad);
+}
+
 template <class T>
 AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
   const Sizes& size = p.size;
   AbsorbScratch s{};
-  for (Index level = 0; level < size.levels; ++level) {
-    s.query[level] = carver.take<float>(size.orders * rows * padded(size.key_rank));
-    s.mean[level] = carver.take<float>(size.orders * rows);
-  }
-  const Index pairs = widest_level(p.level, size.levels);
-  s.turned = carver.take<float>(size.orders * rows * 2 * pairs);
-  s.turn = carver.take<float>(2 * pairs);
+  lay_bands(p, rows, carver, s);
   s.scores = carver.take<float>(rows * (kChunk + kPad));
   if (size.orders > 1) s.slopes = carver.take<float>(rows * (kChunk + kPad));
   s.chunk = lay_chunk(p, carver);

@@ -141,10 +141,11 @@ struct ChunkScratch {
 
 // Room for one thread in the absorbed form.
 struct AbsorbScratch {
-  float* query[kMaxLevels];  // [orders][rows][key_width]: latent queries of the level's present block
-  float* mean[kMaxLevels];   // [orders][rows]
-  float* turned;             // [orders][rows][2 * pairs of the widest level]
-  float* turn;               // [orders][2][pairs of the widest level]
+  Index blocks;              // of the finest level whose queries are made at a time; at most kPad
+  float* query[kMaxLevels];  // [orders][rows][blocks][key_width]: latent queries of some blocks of the level
+  float* mean[kMaxLevels];   // [orders][rows][kPad]
+  float* turned;             // [orders][2][pairs][rows * blocks], of the level that takes most
+  float* turn;               // [orders][pairs of the widest level][2][kPad]
   float* scores;             // [rows][kChunk + kPad]
   float* slopes;             // the same, for the order that follows the offset
   ChunkScratch chunk;

@@ -97,29 +97,42 @@ struct Left {
   Index depth_step;
 };
 
+// One term of a sum of products: a(row, d) * b[d][col] over d.
+template <class T>
+struct Term {
+  Left a;
+  const T* b;
+  Index b_step;
+  Index depth;
+};
+
 template <int Rows, int Columns, bool Whole, class T>
-inline void sum_tile(const Left& a, const T* b, Index b_step, Index depth, float* c, Index c_step, Index lanes) {
+inline void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes) {
   Vec total[Rows][Columns];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < Columns; ++j) total[i][j] = load(c + i * c_step + j * Vec::width);
   }
-  for (Index d = 0; d < depth; ++d) {
-    Vec column[Columns];
+  for (int term = 0; term < count; ++term) {
+    const auto& [left, b, b_step, depth] = terms[term];
+    const float* a = left.data + row * left.row_step;
+    for (Index d = 0; d < depth; ++d) {
+      Vec column[Columns];
 #pragma GCC unroll 2
-    for (int j = 0; j < Columns; ++j) {
-      if constexpr (Whole) {
-        column[j] = load(b + d * b_step + j * Vec::width);
-      } else {
-        column[j] = load_first(b + d * b_step, lanes);
+      for (int j = 0; j < Columns; ++j) {
+        if constexpr (Whole) {
+          column[j] = load(b + d * b_step + col + j * Vec::width);
+        } else {
+          column[j] = load_first(b + d * b_step + col, lanes);
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const Vec weight = splat(a.data[i * a.row_step + d * a.depth_step]);
+      for (int i = 0; i < Rows; ++i) {
+        const Vec weight = splat(a[i * left.row_step + d * left.depth_step]);
 #pragma GCC unroll 2
-      for (int j = 0; j < Columns; ++j) total[i][j] = fma(weight, column[j], total[i][j]);
+        for (int j = 0; j < Columns; ++j) total[i][j] = fma(weight, column[j], total[i][j]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -130,40 +143,43 @@ inline void sum_tile(const Left& a, const T* b, Index b_step, Index depth, float
 }
 
 template <int Rows, int Columns, bool Whole, class T>
-inline void sum_rows(Index left, const Left& a, const T* b, Index b_step, Index depth, float* c, Index c_step,
+inline void sum_rows(Index left, const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step,
                      Index lanes) {
   if constexpr (Rows > 1) {
-    if (left < Rows) return sum_rows<Rows - 1, Columns, Whole>(left, a, b, b_step, depth, c, c_step, lanes);
+    if (left < Rows) return sum_rows<Rows - 1, Columns, Whole>(left, terms, count, row, col, c, c_step, lanes);
   }
-  sum_tile<Rows, Columns, Whole>(a, b, b_step, depth, c, c_step, lanes);
+  sum_tile<Rows, Columns, Whole>(terms, count, row, col, c, c_step, lanes);
 }
 
 // One strip of columns, rows in tiles of nearly equal height: a last tile of one row would wait for its own sums.
 template <int Columns, bool Whole, class T>
-inline void sum_strip(Index rows, const Left& a, const T* b, Index b_step, Index depth, float* c, Index c_step,
-                      Index lanes) {
+inline void sum_strip(Index rows, const Term<T>* terms, int count, Index col, float* c, Index c_step, Index lanes) {
   const Index tiles = (rows + kSumRows - 1) / kSumRows;
   for (Index tile = 0; tile < tiles; ++tile) {
     const Index row = rows * tile / tiles, height = rows * (tile + 1) / tiles - row;
-    const Left below = {a.data + row * a.row_step, a.row_step, a.depth_step};
-    sum_rows<static_cast<int>(kSumRows), Columns, Whole>(height, below, b, b_step, depth, c + row * c_step, c_step,
+    sum_rows<static_cast<int>(kSumRows), Columns, Whole>(height, terms, count, row, col, c + row * c_step + col, c_step,
                                                          lanes);
   }
 }
 
-// c[row][col] += sum over d of a(row, d) * b[d][col]; rows of c are padded to whole vectors.
+// c[row][col] += the sum of all terms; rows of c are padded to whole vectors.
 template <class T>
-inline void sums(Index rows, Index columns, Index depth, const Left& a, const T* b, Index b_step, float* c,
-                 Index c_step) {
+inline void sums(Index rows, Index columns, const Term<T>* terms, int count, float* c, Index c_step) {
   constexpr Index width = Vec::width;
   Index at = 0;
   for (; at + 2 * width <= columns; at += 2 * width) {
-    sum_strip<2, true>(rows, a, b + at, b_step, depth, c + at, c_step, width);
+    sum_strip<2, true>(rows, terms, count, at, c, c_step, width);
   }
-  for (; at + width <= columns; at += width) {
-    sum_strip<1, true>(rows, a, b + at, b_step, depth, c + at, c_step, width);
-  }
-  if (at < columns) sum_strip<1, false>(rows, a, b + at, b_step, depth, c + at, c_step, columns - at);
+  for (; at + width <= columns; at += width) sum_strip<1, true>(rows, terms, count, at, c, c_step, width);
+  if (at < columns) sum_strip<1, false>(rows, terms, count, at, c, c_step, columns - at);
+}
+
+// The same with one term: c[row][col] += sum over d of a(row, d) * b[d][col].
+template <class T>
+inline void sums(Index rows, Index columns, Index depth, const Left& a, const T* b, Index b_step, float* c,
+                 Index c_step) {
+  const Term<T> term = {a, b, b_step, depth};
+  sums(rows, columns, &term, 1, c, c_step);
 }
 
 }  // namespace mla_pass::MLA_PASS_ISA

@@ -35,10 +35,12 @@ inline Vec load(const std::int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 
-inline Vec load_first(const float* p, Index count) {
+inline __m256i first_lanes(Index count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane))};
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
 }
+
+inline Vec load_first(const float* p, Index count) { return {_mm256_maskload_ps(p, first_lanes(count))}; }
 
 template <class T>
 inline Vec load_first(const T* p, Index count) {
@@ -48,6 +50,7 @@ inline Vec load_first(const T* p, Index count) {
 }
 
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
+inline void store_first(float* p, Vec a, Index count) { _mm256_maskstore_ps(p, first_lanes(count), a.x); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }

@@ -45,6 +45,7 @@ inline Vec load_first(const T* p, Index count) {
 }
 
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
+inline void store_first(float* p, Vec a, Index count) { _mm512_mask_storeu_ps(p, first_lanes(count), a.x); }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }

@@ -81,6 +81,9 @@ inline Vec load_first(const T* p, Index count) {
 }
 
 inline void store(float* p, Vec a) { __builtin_memcpy(p, &a.x, sizeof a.x); }
+inline void store_first(float* p, Vec a, Index count) {
+  for (Index i = 0; i < count; ++i) p[i] = a.x[i];
+}
 inline Vec add(Vec a, Vec b) { return {a.x + b.x}; }
 inline Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
 inline Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
