@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-
 import onnx
 import onnxruntime as ort
 
@@ -182,7 +181,7 @@ def main() -> None:
         parser.error("give the model to compare with, and converted ones")
     for folder in arguments.models:
         if not (has_node(folder, "GroupQueryAttention") or has_node(folder, "LatentAttention")):
-            parser.error(f"{folder} holds neither GroupQueryAttention nor LatentAttention: its cache is no shared buffer")
+            parser.error(f"{folder} has neither GroupQueryAttention nor LatentAttention: its cache is no shared buffer")
     print("| model | batch | tokens before | threads | tokens/s | times the first | cache MiB | peak MiB |")
     print("|---|---|---|---|---|---|---|---|")
     pasts = [(0, arguments.prompt)] if arguments.prompt else [(past, 1) for past in arguments.past]

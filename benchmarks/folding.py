@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     groups, size = arguments.kv_heads, arguments.head_dim
     theta = 5e5 ** (-np.arange(size // 2) / (size // 2))
-    geometry = Geometry(groups, size, size, Rope(theta, size, False, 1.0, None))
+    geometry = Geometry(groups, arguments.heads // groups, size, size, Rope(theta, size, False, 1.0, None))
     seen = statistics(geometry.width)
     projection = np.random.default_rng(1).standard_normal((geometry.width, arguments.hidden)).astype(np.float32)
     config = MlaConfig(budget=arguments.budget, metric_mix=0.1)

@@ -95,8 +95,12 @@ def largest_key_rank(p: Prepared, rank: int, rope_dims: int, config: MlaConfig) 
     if full or len(p.bands.index) == 0:
         return rank
     limit = config.attention_flops * plain_flops(rank, rope_dims)
+
+    def cost(key_rank: int) -> float:
+        return attention_flops(rank, key_rank, rank, rope_dims, p.bands, p.geometry.per_group)
+
     step = row_step(p.geometry)
-    steps = [k for k in (*range(step, rank, step), rank) if attention_flops(rank, k, rank, rope_dims, p.bands) <= limit]
+    steps = [k for k in (*range(step, rank, step), rank) if cost(k) <= limit]
     return max(steps, default=0)
 
 

@@ -113,7 +113,10 @@ def test_no_layer_costs_more_arithmetic_than_allowed(limit: float) -> None:
     config = MlaConfig(metric_mix=0.1, attention_flops=limit)
     losses = []
     for split in choose_splits(options(config), [FLOATS] * 2, config):
-        flops = attention_flops(split.rank, split.key_rank, split.rank, split.rope_dims, split.prepared.bands)
+        p = split.prepared
+        flops = attention_flops(
+            split.rank, split.key_rank, split.rank, split.rope_dims, p.bands, p.geometry.per_group
+        )  # fmt: skip
         assert flops <= limit * plain_flops(split.rank, split.rope_dims)
         losses.append(float(predicted_loss(split.prepared, split.rope_dims, np.array([split.rank]))[0]))
     assert np.isfinite(losses).all()

@@ -9,7 +9,7 @@ import pytest
 
 from mla_pass.errors import MlaPassError
 from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, key_losses, predicted_loss, prepare
-from mla_pass.fold.bands import fit, residual
+from mla_pass.fold.bands import fit, priced_bands, residual
 from mla_pass.reference import attend, rows
 from mla_pass.site import Rope
 from mla_pass.statistics import SiteStatistics
@@ -65,7 +65,7 @@ class Case:
         y, self.y = draw(4000), draw(T)
         gamma = rng.standard_normal((4000, width)) * rng.uniform(0.3, 3, width)
         self.q = rng.standard_normal((S, H, D))
-        self.rope, self.geometry = rope, Geometry(G, D, V, rope)
+        self.rope, self.geometry = rope, Geometry(G, H // G, D, V, rope)
         distance = np.exp(-np.arange(T) / 20)
         self.statistics = SiteStatistics(
             4000, y.mean(0), np.cov(y.T), gamma.T @ gamma / 4000, distance / distance.sum()
@@ -391,3 +391,15 @@ def test_nan_statistics_are_refused() -> None:
     case.statistics.covariance[3, 4] = np.nan
     with pytest.raises(MlaPassError, match="NaN or infinite"):
         prepare(case.geometry, case.statistics, Recipe())
+
+
+@pytest.mark.parametrize(("per_group", "order", "dearer"), [(8, 1, (4, 8)), (8, 0, (4,)), (4, 1, (4,)), (1, 1, ())])
+def test_no_block_costs_more_than_decoding(per_group: int, order: int, dearer: tuple[int, ...]) -> None:
+    theta, energy = np.geomspace(1, 1e-3, 40), np.geomspace(1, 1e-2, 40)
+    seen = set()
+    for price in np.geomspace(1e-4, 1, 20):
+        bands = priced_bands(theta, energy, np.ones(40), order=order, price=price, per_group=per_group)
+        seen.update(bands.block.tolist())
+    assert 1 in seen
+    assert not seen.intersection(dearer)
+    assert seen.issuperset({8, 16} - set(dearer))

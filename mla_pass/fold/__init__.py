@@ -37,10 +37,11 @@ PHASE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a site: `groups` G, `head_dim` D, `value_dim` V, the rope that turns its keys, and whether a softcap
-    bends the logits (then a constant on a row's logits is no longer free)."""
+    """Shape of a site: `groups` G of `per_group` query heads each, `head_dim` D, `value_dim` V, the rope that turns its
+    keys, and whether a softcap bends the logits (then a constant on a row's logits is no longer free)."""
 
     groups: int
+    per_group: int
     head_dim: int
     value_dim: int
     rope: Rope
@@ -160,13 +161,16 @@ def still_gains(theta: np.ndarray, distance: np.ndarray) -> np.ndarray:
     return np.exp(-1j * np.outer(theta, np.arange(len(distance)))) @ distance
 
 
-def lay_bands(recipe: Recipe, theta: np.ndarray, energy: np.ndarray, still: np.ndarray) -> Bands:
+def lay_bands(recipe: Recipe, geometry: Geometry, energy: np.ndarray, still: np.ndarray) -> Bands:
     """The bands a recipe asks for; `energy` [R/2] of each pair in loss units, `still` [R/2] the share lost unturned."""
+    theta = geometry.rope.theta
     if recipe.rope_mode != "block":
         return no_bands(len(theta))
     if recipe.band_price is not None:
         price = recipe.band_price * float(energy.mean())
-        return priced_bands(theta, energy, still, order=recipe.block_order, price=price)
+        return priced_bands(
+            theta, energy, still, order=recipe.block_order, price=price, per_group=geometry.per_group
+        )  # fmt: skip
     return choose_bands(theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle)
 
 
@@ -193,7 +197,7 @@ def prepare_layouts(geometry: Geometry, statistics: SiteStatistics, recipes: Seq
     energy = np.einsum("igh,ihg->i", weight, moment).real
     layouts = []
     for recipe in recipes:
-        bands, lost = lay_bands(recipe, rope.theta, energy, still), still.copy()
+        bands, lost = lay_bands(recipe, geometry, energy, still), still.copy()
         for index, block in zip(bands.index, bands.block, strict=True):
             lost[index] = residual(float(rope.theta[index]), int(block), recipe.block_order)
         components = rank_components(moment, weight, lost)

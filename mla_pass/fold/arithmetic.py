@@ -14,6 +14,9 @@ With k = key_rank, v = value_rank, p = rope_dim, and `orders` 1 or 2 (does any b
               2*m*orders*(k + 1)     the matrix product that makes the absorbed queries, key_mean's column included
               (orders - 1)*(k + 1)   the hand-down: the slope moves the constant to the finer block's first row
                                      (not for the coarsest level, which nothing hands down to)
+              Pairs in blocks of one row are decoded instead, once for all `per_group` heads of a kv group:
+              2*m*k + 4*m            their keys, and one complex product each, for every row and group
+              2*m                    the product with the query
 
 Rows are taken to fill their blocks: short caches pay up to one block of each level more.
 """
@@ -30,22 +33,29 @@ def plain_flops(rank: int, rope_dim: int) -> int:
     return 2 * rank + rope_dim
 
 
-def attention_flops(rank: int, key_rank: int, value_rank: int, rope_dim: int, bands: Bands) -> float:
+def attention_flops(
+    rank: int, key_rank: int, value_rank: int, rope_dim: int, bands: Bands, per_group: int
+) -> float:  # fmt: skip
     """Multiply-adds per cached row and query head of the absorbed form, as counted above.
 
     `key_rank` columns of the row's `rank` are read by the keys (0 where every key component is cached rotated),
-    `value_rank` by the values. Raises ValueError when either is more than there is.
+    `value_rank` by the values; `per_group` query heads share a kv group. Raises ValueError when the keys or the values
+    read more than there is.
     """
     if not 0 <= key_rank <= rank or not 0 <= value_rank <= rank:
         raise ValueError(f"key_rank {key_rank} and value_rank {value_rank} must lie in 0..{rank}, the rank")
     orders = 1 + int(bands.a1.any())
-    return orders * key_rank + (orders - 1) + rope_dim + value_rank + band_flops(bands.levels, orders, key_rank)
+    in_bands = band_flops(bands.levels, orders, key_rank, per_group)
+    return orders * key_rank + (orders - 1) + rope_dim + value_rank + in_bands
 
 
-def band_flops(levels: Sequence[tuple[int, int, int]], orders: int, key_rank: int) -> float:
+def band_flops(levels: Sequence[tuple[int, int, int]], orders: int, key_rank: int, per_group: int) -> float:
     """The bands' share: `levels` as `Bands.levels`, (block, first pair, end pair), finest first."""
     total, columns = 0.0, key_rank + 1
     for depth, (block, a, b) in enumerate(levels, start=1):
+        if block == 1:
+            total += (b - a) * ((2 * key_rank + 4) / per_group + 2)
+            continue
         made = (b - a) * (4 + 2 * orders * columns)
         handed = (orders - 1) * columns if depth < len(levels) else 0
         total += (made + handed) / block

@@ -5,7 +5,9 @@ For a block of B rows starting at row b*B, the rotation of row s at frequency th
     exp(j theta s)  ->  exp(j theta centre_b) * (a0 + j a1 delta),    delta = s - centre_b,  centre_b = b*B + (B - 1)/2
 
 with a0, a1 the least-squares fit of exp(j theta delta) over the block. The left factor is the same for a whole block,
-so it moves to the query, and the cache holds only un-rotated numbers. A frequency's B is a power of two with
+so it moves to the query, and the cache holds only un-rotated numbers. Where a block would be shorter than the number
+of heads that share a key it takes less to decode the key and turn it, which is exact: that is what B = 1 means. A
+frequency's B is a power of two with
 theta * B <= band_angle where it can be; pairs that turn too far within the finest block stay un-rotated.
 """
 
@@ -20,7 +22,7 @@ import numpy as np
 # An octave costs little arithmetic, but every level costs a dozen stock operators: two octaves a level.
 LEVEL_RATIO = 4
 COARSEST_BLOCK = 4096
-PRICED_BLOCKS = (4, 8, 16, 32, 64, 256, 1024, 4096)
+PRICED_BLOCKS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096)
 """Block sizes that priced bands choose from: finely where arithmetic is at stake, few levels in all."""
 # Beyond these angles within a block the fit of that order is no better than not turning at all.
 MAX_ANGLE = {0: np.pi, 1: 2 * np.pi}
@@ -81,16 +83,20 @@ def choose_bands(theta: np.ndarray, *, finest: int, order: int, band_angle: floa
     return laid_out(theta, block, order)
 
 
-def priced_bands(theta: np.ndarray, energy: np.ndarray, still: np.ndarray, *, order: int, price: float) -> Bands:
+def priced_bands(
+    theta: np.ndarray, energy: np.ndarray, still: np.ndarray, *, order: int, price: float, per_group: int
+) -> Bands:  # fmt: skip
     """Block sizes that lose least when arithmetic has a price: a point of the best trade of one for the other.
 
     Of every frequency in `theta` [R/2] a block of B rows loses `energy` times the share :func:`residual`, and costs
-    `price` times the products a row that its absorbed queries take, 2 * (1 + order) / B latent widths. Not turning the
-    pair loses energy times `still` [R/2] and costs nothing.
+    `price` times the products a row and head that its absorbed queries take, 2 * (1 + order) / B latent widths, or
+    2 / `per_group` where its keys are decoded, once for so many heads. Not turning the pair loses energy times `still`
+    [R/2] and costs nothing.
     """
+    cost = {size: 2 * (1 + order) / size if size > 1 else 2 / per_group for size in PRICED_BLOCKS}
     block = np.zeros(len(theta), dtype=np.int64)
     for i, (t, e) in enumerate(zip(np.abs(theta), energy, strict=True)):
-        lost = [e * residual(float(t), size, order) + price * 2 * (1 + order) / size for size in PRICED_BLOCKS]
+        lost = [e * residual(float(t), size, order) + price * cost[size] for size in PRICED_BLOCKS]
         best = int(np.argmin(lost))
         block[i] = PRICED_BLOCKS[best] if lost[best] < e * still[i] else 0
     return laid_out(theta, block, order)

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "bands.h"
+#include "fine.h"
 #include "weigh.h"
 
 namespace mla_pass::MLA_PASS_ISA {
@@ -124,15 +125,17 @@ void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, In
   const Sizes& size = p.size;
   const Index rows = rows_of(tile);
   BandQueries<T> bands(p, tile, queries, scratch);
+  const FinePairs<T> fine(p, tile, queries, scratch);
   start(part, rows);
   for (Index first = begin; first < end; first += kChunk) {
     const Index keys = least(kChunk, end - first), at = tile.batch * size.capacity + first;
     const Chunk chunk = read_chunk(p, at, keys, scratch.chunk);
-    if (size.levels > 0) {
+    if (bands.turning()) {
       meet_bands(p, tile, queries, bands, first, keys, chunk, scratch);
     } else {
       meet_still(p, tile, queries, keys, chunk, scratch.scores);
     }
+    fine.meet(first, keys, chunk.latent.data, chunk.latent.step, scratch.scores, kScoreStep);
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
     weigh(how, queries.sight, rows, scratch.scores, kScoreStep, part, 0);
     sums(rows, size.value_rank, keys, Left{scratch.scores, kScoreStep, 1}, chunk.latent.data + size.value_offset,

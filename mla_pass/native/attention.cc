@@ -324,12 +324,13 @@ Index blocks_touched(Index rows, Index block) { return (rows + block - 2) / bloc
 template <class T>
 void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s) {
   const Sizes& size = p.size;
-  if (size.levels == 0) return;
-  const Index query = size.orders * rows * padded(size.key_rank), finest = p.level[0].block;
+  const Index first = size.decoded > 0 ? 1 : 0;
+  if (first == size.levels) return;
+  const Index query = size.orders * rows * padded(size.key_rank), finest = p.level[first].block;
   s.blocks = std::clamp<Index>(kBandFloats / query, 1, std::min(kPad, ceil_div(kChunk, finest)));
   const Index reach = std::min(kChunk, s.blocks * finest);
   Index most = 0;
-  for (Index level = 0; level < size.levels; ++level) {
+  for (Index level = first; level < size.levels; ++level) {
     const Level& band = p.level[level];
     const Index blocks = std::min(s.blocks, blocks_touched(reach, band.block));
     s.query[level] = carver.take<float>(blocks * query);
@@ -345,6 +346,12 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
   const Sizes& size = p.size;
   AbsorbScratch s{};
   lay_bands(p, rows, carver, s);
+  if (size.decoded > 0) {
+    const Index dims = 2 * size.decoded, groups = std::min(size.groups, rows);  // a tile has at least a row a group
+    s.fine_up = carver.take<float>(groups * dims * padded(size.key_rank));
+    s.fine_query = carver.take<float>(rows * dims);
+    s.fine_keys = carver.take<float>(groups * dims * (kChunk + kPad));
+  }
   s.scores = carver.take<float>(rows * (kChunk + kPad));
   if (size.orders > 1) s.slopes = carver.take<float>(rows * (kChunk + kPad));
   s.chunk = lay_chunk(p, carver);

@@ -1,7 +1,8 @@
 // Latent queries of the blocks that cached rows lie in: the bands of block rotation on the query's side.
 //
 // A level's queries are those of the coarser levels, moved to the first rows of its own blocks, plus its own pairs',
-// turned to there and pulled through key_up; the finest level's meet the cache. Several neighbouring blocks are made at
+// turned to there and pulled through key_up; the finest level's meet the cache. Blocks of one row are none of these
+// (see fine.h). Several neighbouring blocks are made at
 // a time: they share key_up, so that heads times blocks are the rows of one product, and block numbers are what fills
 // the lanes of a vector where pairs are turned.
 #pragma once
@@ -14,7 +15,8 @@ template <class T>
 class BandQueries {
  public:
   BandQueries(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, const AbsorbScratch& scratch)
-      : p_(p), size_(p.size), tile_(tile), queries_(queries), scratch_(scratch), rows_(rows_of(tile)) {
+      : p_(p), size_(p.size), tile_(tile), queries_(queries), scratch_(scratch), rows_(rows_of(tile)),
+        finest_(p.size.decoded > 0 ? 1 : 0) {
     for (Index level = 0; level < size_.levels; ++level) blocks_[level] = {-1, 0};
   }
 
@@ -24,7 +26,7 @@ class BandQueries {
   // Make the queries of all blocks that hold rows [begin, end), which are within reach.
   void enter(Index begin, Index end) {
     bool stale = false;
-    for (Index level = size_.levels - 1; level >= 0; --level) {
+    for (Index level = size_.levels - 1; level >= finest_; --level) {
       const Index block = p_.level[level].block;
       const Blocks now = {begin / block, (end - 1) / block - begin / block + 1};
       stale = stale || now.first != blocks_[level].first || now.count != blocks_[level].count;
@@ -35,16 +37,18 @@ class BandQueries {
     }
   }
 
+  // Whether there is any level here.
+  bool turning() const { return finest_ < size_.levels; }
   // Rows of a finest block.
-  Index block() const { return p_.level[0].block; }
+  Index block() const { return p_.level[finest_].block; }
   // The tile's latent queries for the finest block that holds cache row `key`: a row each `step()`.
   const float* query(Index order, Index key) const {
-    return at(0, order, 0, key / block() - blocks_[0].first);
+    return at(finest_, order, 0, key / block() - blocks_[finest_].first);
   }
-  Index step() const { return blocks_[0].count * queries_.key_width; }
+  Index step() const { return blocks_[finest_].count * queries_.key_width; }
   // What the keys' mean adds to their scores: a row each kPad.
   const float* mean(Index order, Index key) const {
-    return mean_at(0, order, 0) + key / block() - blocks_[0].first;
+    return mean_at(finest_, order, 0) + key / block() - blocks_[finest_].first;
   }
 
  private:
@@ -188,6 +192,7 @@ class BandQueries {
   const Queries<T>& queries_;
   const AbsorbScratch& scratch_;
   const Index rows_;
+  const Index finest_;  // level
   Blocks blocks_[kMaxLevels];
 };
 

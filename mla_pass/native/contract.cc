@@ -327,6 +327,7 @@ Sizes from_attributes(const Layout& layout) {
   size.pairs = static_cast<Index>(layout.band_index.size());
   size.orders = layout.orders;
   size.levels = static_cast<Index>(layout.levels.size());
+  size.decoded = size.levels > 0 && layout.levels[0].block == 1 ? layout.levels[0].end : 0;
   size.window = a.local_window_size > 0 ? a.local_window_size : 0;
   size.causal = a.causal != 0;
   size.scale = a.scale;
@@ -366,6 +367,11 @@ Index expand_from(const Layout& layout, const Sizes& size, bool key_up, bool val
   if (key_up) {
     for (std::size_t i = 0; i < layout.levels.size(); ++i) {
       const Level& level = layout.levels[i];
+      if (level.block == 1) {
+        const double per_group = static_cast<double>(size.heads / size.groups);
+        absorbed += static_cast<double>(level.end) * ((2 * k + 4) / per_group + 2);
+        continue;
+      }
       const double made = static_cast<double>(level.end - level.begin) * (4 + 2 * orders * (k + 1));
       const double handed = i + 1 < layout.levels.size() ? (orders - 1) * (k + 1) : 0;
       absorbed += (made + handed) / static_cast<double>(level.block);

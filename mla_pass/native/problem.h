@@ -60,6 +60,7 @@ struct Sizes {
   Index query_dim;  // numbers a head of the query input has: D, or n + p without query_map
   Index value_dim;  // numbers a head of the context has: V, or w without value_up
   Index pairs, orders, levels;
+  Index decoded;  // pairs, the first level, in blocks of one row, or 0: their keys are decoded in either form
   Index capacity;       // rows of the present tensors
   Index angles;         // columns of the cosine and sine tables
   Index bias_batch;     // elements between sequences of attention_bias, 0 where all share one
@@ -148,6 +149,9 @@ struct AbsorbScratch {
   float* turn;               // [orders][pairs of the widest level][2][kPad]
   float* scores;             // [rows][kChunk + kPad]
   float* slopes;             // the same, for the order that follows the offset
+  float* fine_up;            // [groups of a tile][2 * decoded][key_width]
+  float* fine_query;         // [rows][2 * decoded], turned to their rows
+  float* fine_keys;          // [groups of a tile][2 * decoded][kChunk + kPad]
   ChunkScratch chunk;
 };
 

@@ -22,12 +22,14 @@ Outputs
     context [B, S, H*V] (w in place of V without value_up), present_latent, present_rope: the past with the new rows
 Attributes, every one written on the node: num_heads, kv_groups, rank, key_rank (all of rank if not said),
     value_offset (0 if not said), rope_dim, nope_dim, split, rope_index [p/2] and band_index [m] (columns of the
-    tables), band_block, band_a0, band_a1 [m], scale, softcap (0: none), local_window_size (-1: none), causal, shared_buffer.
+    tables), band_block, band_a0, band_a1 [m], scale, softcap (0: none), local_window_size (-1: none), causal,
+    shared_buffer.
 
 Scores come in two forms that give the same numbers. Expanded: the keys are decoded, turned by their block's factor and
 multiplied with the query; cheaper for many new tokens. Absorbed: for each block the query is turned to the block's
 first row and pulled through key_up, once for the constant and once for the slope of the fit; coarse blocks hand their
-queries down to the finer ones, and only the finest meet the cache. With delta counted from a block's first row the fit
+queries down to the finer ones, and only the finest meet the cache. Pairs in blocks of one row are decoded in either
+form: that takes less, as heads share keys. With delta counted from a block's first row the fit
 reads A0 + A1 delta, A1 = j a1 exp(j theta (block-1)/2), A0 = (a0 - j a1 (block-1)/2) exp(j theta (block-1)/2).
 """
 
@@ -98,6 +100,11 @@ class Variant:
         return levels_of(np.array(self.band_block))
 
     @property
+    def decoded(self) -> int:
+        """Band pairs, the first ones, whose keys are decoded in either form: those in blocks of one row."""
+        return sum(block == 1 for block in self.band_block)
+
+    @property
     def order(self) -> int:
         """1 when any band follows the offset within its block."""
         return int(any(self.band_a1))
@@ -116,7 +123,7 @@ class Variant:
         absorbed = expanded = decoding = 0.0
         if self.key_up:
             orders, k, n = 1 + self.order, self.key_rank, self.nope_dim
-            absorbed += band_flops(self.levels, orders, k) + orders * k
+            absorbed += band_flops(self.levels, orders, k, self.num_heads // self.kv_groups) + orders * k
             expanded += n
             decoding += k * n + 6 * len(self.band_index)
         if self.value_up:
@@ -335,26 +342,49 @@ class Body:
     def expanded_scores(self, o: Ops, nope: ir.Value, latent: ir.Value, m: int) -> ir.Value:
         """Decode the keys, turn them by their blocks' factors, multiply with the rotated queries."""
         v, i = self.v, self.inputs
-        keys = o("MatMul", latent, o("Transpose", i["key_up"], perm=[0, 2, 1]))  # [B, G, T, n]
-        keys = o("Add", keys, o.unsqueeze(i["key_mean"], 1))
-        if m:
-            factor = [o("CastLike", part, keys) for part in self.band_factor(o)]
-            pairs = self.turn(o, o.cut(keys, 0, m, 3), o.cut(keys, m, 2 * m, 3), *factor)
-            keys = o("Concat", *pairs, o.cut(keys, 2 * m, v.nope_dim, 3), axis=3)
-            columns = o.ints(*v.band_index)
-            angles = [o("CastLike", self.columns(o, i[t], self.rows, columns), nope) for t in ("cos", "sin")]
-            query = o.reshape(nope, 0, v.num_heads, -1, v.nope_dim)
-            turned = self.turn(o, o.cut(query, 0, m, 3), o.cut(query, m, 2 * m, 3), *angles)
-            query = o("Concat", *turned, o.cut(query, 2 * m, v.nope_dim, 3), axis=3)
-            nope = o.reshape(query, 0, v.kv_groups, -1, v.nope_dim)
-        scores = o("MatMul", nope, o("Transpose", keys, perm=[0, 1, 3, 2]))  # [B, G, H/G*S, T]
+        if not m:
+            return self.key_products(o, nope, self.decoded_keys(o, latent, i["key_up"], i["key_mean"]))
+        return self.turned_scores(o, nope, latent, v.levels, still=v.nope_dim > 2 * m)
+
+    def turned_scores(
+        self, o: Ops, nope: ir.Value, latent: ir.Value, levels: list[tuple[int, int, int]], *, still: bool
+    ) -> ir.Value:
+        """Scores of the pairs of these levels, and of the dims that do not turn if they are asked for, too."""
+        v, i, m, end = self.v, self.inputs, len(self.v.band_index), levels[-1][2]
+
+        def dims(x: ir.Value, axis: int) -> list[ir.Value]:
+            parts = [o.cut(x, 0, end, axis), o.cut(x, m, m + end, axis)]
+            return [*parts, o.cut(x, 2 * m, v.nope_dim, axis)] if still else parts
+
+        query = o.reshape(nope, 0, v.num_heads, -1, v.nope_dim)
+        re, im, *rest = dims(query, 3)
+        columns = o.ints(*v.band_index[:end])
+        angles = [o("CastLike", self.columns(o, i[t], self.rows, columns), nope) for t in ("cos", "sin")]
+        query = o("Concat", *self.turn(o, re, im, *angles), *rest, axis=3)
+        width = 2 * end + (v.nope_dim - 2 * m if still else 0)
+        up, mean = (o("Concat", *dims(i[name], 1), axis=1) for name in ("key_up", "key_mean"))
+        keys = self.decoded_keys(o, latent, up, mean)
+        factor = [o("CastLike", part, keys) for part in self.band_factor(o, levels)]
+        turned = self.turn(o, o.cut(keys, 0, end, 3), o.cut(keys, end, 2 * end, 3), *factor)
+        keys = o("Concat", *turned, o.cut(keys, 2 * end, width, 3), axis=3)
+        return self.key_products(o, o.reshape(query, 0, v.kv_groups, -1, width), keys)
+
+    @staticmethod
+    def decoded_keys(o: Ops, latent: ir.Value, up: ir.Value, mean: ir.Value) -> ir.Value:
+        """Keys [B, G, T, d] by `up` [G, d, k] and `mean` [G, d], not yet turned."""
+        keys = o("MatMul", latent, o("Transpose", up, perm=[0, 2, 1]))
+        return o("Add", keys, o.unsqueeze(mean, 1))
+
+    def key_products(self, o: Ops, query: ir.Value, keys: ir.Value) -> ir.Value:
+        """Query [B, G, H/G*S, d] times keys [B, G, T, d]: [B, 1, H*S, T]."""
+        scores = o("MatMul", query, o("Transpose", keys, perm=[0, 1, 3, 2]))
         return o("Reshape", scores, o("Concat", o.ints(0, 1, -1), self.total, axis=0))
 
-    def band_factor(self, o: Ops) -> tuple[ir.Value, ir.Value]:
-        """exp(j theta first_row(block)) * (A0 + A1 delta) for every row and band pair: two float32 [T, m]."""
+    def band_factor(self, o: Ops, levels: list[tuple[int, int, int]]) -> tuple[ir.Value, ir.Value]:
+        """exp(j theta first_row(block)) * (A0 + A1 delta) for every row and pair of the levels: two float32 [T, .]."""
         rows = self.range(o, None, self.total)
         parts = []
-        for block, a, b in self.v.levels:
+        for block, a, b in levels:
             first = o("Mul", o("Div", rows, o.scalar(block)), o.scalar(block))
             delta = o.unsqueeze(o("Cast", o("Sub", rows, first), to=ir.DataType.FLOAT), 1)
             columns = o.ints(*self.v.band_index[a:b])
@@ -390,7 +420,7 @@ class Body:
             factor = [o("CastLike", o.floats(part[:, None]), up) for part in (fit.real, fit.imag)]
             orders.append(self.turn(o, re, im, *factor))
         tables = []
-        for _, a, b in self.v.levels:
+        for _, a, b in self.absorbed_levels():
             parts = [o("Concat", *[o.cut(x[k], a, b, 1) for x in orders], axis=2) for k in (0, 1)]
             tables.append(o("Concat", *parts, axis=1))
         return tables
@@ -400,16 +430,33 @@ class Body:
     ) -> ir.Value:
         """Pull the queries through key_up, block by block where they turn, and meet the latents."""
         v = self.v
+        absorbed = self.absorbed_levels()
+        if v.decoded:
+            fine = self.turned_scores(o, nope, latent, v.levels[:1], still=False)
+            if not absorbed and v.nope_dim == 2 * m:
+                return fine
+            return o("Add", fine, self.absorbed_sums(o, nope, latent, m, tables))
+        return self.absorbed_sums(o, nope, latent, m, tables)
+
+    def absorbed_levels(self) -> list[tuple[int, int, int]]:
+        """Those levels whose keys are not decoded."""
+        return self.v.levels[1:] if self.v.decoded else self.v.levels
+
+    def absorbed_sums(
+        self, o: Ops, nope: ir.Value, latent: ir.Value, m: int, tables: list[ir.Value] | None
+    ) -> ir.Value:  # fmt: skip
+        """The scores of all pairs but those decoded."""
+        v = self.v
         still = self.still_queries(o, nope, m)
-        if tables is None:
-            assert still is not None  # without bands every dim is still
+        if not tables:
+            assert still is not None  # without absorbed bands there are still dims, or nothing to do here
             # One scalar per query stands for the mean; it matters only under a softcap.
             scores = o("MatMul", o.cut(still, 0, v.key_rank, 3), o("Transpose", latent, perm=[0, 1, 3, 2]))
             return o("Add", scores, o.cut(still, v.key_rank, v.key_rank + 1, 3))
         pairs = o.reshape(o.cut(nope, 0, 2 * m, 3), 0, v.num_heads, -1, 2 * m)  # [B, H, S, 2m]
         carried: list[ir.Value] | None = None
         block = first = None
-        for (size, a, b), table in zip(reversed(v.levels), reversed(tables), strict=True):
+        for (size, a, b), table in zip(reversed(self.absorbed_levels()), reversed(tables), strict=True):
             finer = self.range(o, None, self.total, size)  # first row of each block, [blocks]
             level = self.level_queries(o, pairs, finer, (a, b, m), table)
             if carried is not None:

@@ -91,7 +91,10 @@ class Chooser:
 
         def layouts(i: int) -> list[Prepared]:
             site = self.sites[i]
-            geometry = Geometry(site.kv_groups, site.head_dim, site.value_dim, site.rope, site.softcap > 0)
+            per_group = site.heads // site.kv_groups
+            geometry = Geometry(
+                site.kv_groups, per_group, site.head_dim, site.value_dim, site.rope, site.softcap > 0
+            )  # fmt: skip
             return prepare_layouts(geometry, self.calibration.sites[i], wanted)
 
         return list(self.each(layouts, range(len(self.sites))))

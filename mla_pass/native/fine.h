@@ -1,0 +1,103 @@
+// Pairs whose blocks would be shorter than the number of heads that share a key: their keys are decoded and turned.
+//
+// They are the pairs of blocks of one row. Counted per cached row in multiply-adds: 2 k for each pair and kv group, and
+// then 2 for each head. Keys lie with cached rows in the lanes, [dim][row], so that neither turning them nor meeting
+// them with queries sums across lanes.
+#pragma once
+
+#include "prepare.h"
+
+namespace mla_pass::MLA_PASS_ISA {
+
+template <class T>
+class FinePairs {
+ public:
+  FinePairs(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, const AbsorbScratch& scratch)
+      : p_(p), size_(p.size), tile_(tile), scratch_(scratch), pairs_(p.size.decoded), width_(queries.key_width) {
+    if (pairs_ == 0) return;
+    groups_ = 0;
+    for_groups(size_, tile_, [&](const GroupRun& run) { read_up(run.group, groups_++); });
+    turn_queries(queries);
+  }
+
+  // Adds to the scores s [rows][step] of `keys` rows from cache row `first` on, whose latents are given.
+  void meet(Index first, Index keys, const float* latent, Index latent_step, float* s, Index step) const {
+    if (pairs_ == 0) return;
+    const Span span = {scratch_.fine_up, width_, latent, latent_step, size_.key_rank};
+    dots(&span, 1, groups_ * 2 * pairs_, keys, scratch_.fine_keys, kStep);
+    turn_keys(first, keys);
+    Index place = 0;
+    for_groups(size_, tile_, [&](const GroupRun& run) {
+      const Left query = {scratch_.fine_query + run.row * 2 * pairs_, 2 * pairs_, 1};
+      sums(run.rows, keys, 2 * pairs_, query, scratch_.fine_keys + place++ * 2 * pairs_ * kStep, kStep,
+           s + run.row * step, step);
+    });
+  }
+
+ private:
+  static constexpr Index kStep = kChunk + kPad;
+
+  // The pairs' rows of key_up, real parts before imaginary parts.
+  void read_up(Index group, Index place) const {
+    for (Index part = 0; part < 2; ++part) {
+      for (Index i = 0; i < pairs_; ++i) {
+        const T* from = p_.key_up + (group * size_.nope_dim + part * size_.pairs + i) * size_.key_rank;
+        widen(from, scratch_.fine_up + ((place * 2 + part) * pairs_ + i) * width_, size_.key_rank);
+      }
+    }
+  }
+
+  // Queries turned to their rows: (x + j y) exp(j theta row).
+  void turn_queries(const Queries<T>& queries) const {
+    for (Index token = 0; token < tile_.tokens; ++token) {
+      const Index at = cache_row(size_, tile_, token) * size_.angles;
+      for (Index head = 0; head < tile_.heads; ++head) {
+        const Index row = row_at(tile_, head, token);
+        const float *x = queries.dims + row * queries.width, *y = x + size_.pairs;
+        float* out = scratch_.fine_query + row * 2 * pairs_;
+        widen(x, out, pairs_);
+        widen(y, out + pairs_, pairs_);
+        rotate(out, out + pairs_, p_.cos + at, p_.sin + at, p_.band_index, pairs_);
+      }
+    }
+  }
+
+  // Keys, their mean added, times A0 exp(j theta row).
+  void turn_keys(Index first, Index keys) const {
+    for (Index i = 0; i < pairs_; ++i) {
+      float cos[kStep] = {}, sin[kStep] = {};
+      for (Index key = 0; key < keys; ++key) {
+        const Index at = (first + key) * size_.angles + p_.band_index[i];
+        const float c = p_.cos[at], s = p_.sin[at], *fit = p_.fit + 2 * i;
+        cos[key] = c * fit[0] - s * fit[1];
+        sin[key] = c * fit[1] + s * fit[0];
+      }
+      Index place = 0;
+      for_groups(size_, tile_, [&](const GroupRun& run) {
+        const float* mean = p_.key_mean + run.group * size_.nope_dim + i;
+        float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + i) * kStep;
+        turn_row(re, re + pairs_ * kStep, mean[0], mean[size_.pairs], cos, sin, keys);
+      });
+    }
+  }
+
+  static void turn_row(float* re, float* im, float mean_re, float mean_im, const float* cos, const float* sin,
+                       Index keys) {
+    const Vec mx = splat(mean_re), my = splat(mean_im);
+    for (Index key = 0; key < keys; key += Vec::width) {
+      const Vec x = add(load(re + key), mx), y = add(load(im + key), my);
+      const Vec c = load(cos + key), s = load(sin + key);
+      store(re + key, sub(mul(x, c), mul(y, s)));
+      store(im + key, fma(x, s, mul(y, c)));
+    }
+  }
+
+  const Problem<T>& p_;
+  const Sizes& size_;
+  const Tile& tile_;
+  const AbsorbScratch& scratch_;
+  const Index pairs_, width_;
+  Index groups_ = 0;
+};
+
+}  // namespace mla_pass::MLA_PASS_ISA
