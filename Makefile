@@ -64,7 +64,7 @@ $(VENV)/.installed: $(sources) | $(bin)/python
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch,plot,test]"
+	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch,genai,plot,test]"
 	touch $@
 
 clean:

@@ -56,7 +56,8 @@ def read_about(folder: Path) -> About:
     first_end = end[0] if isinstance(end, list) else end
     start, padding = (config.get(name) for name in ("bos_token_id", "pad_token_id"))
     tokens = Tokens(first_end if start is None else start, end, first_end if padding is None else padding)
-    return About(tokens, *(config[name] for name in _SIZES), config.get("max_position_embeddings"))
+    sizes = {name: config[name] for name in _SIZES}
+    return About(tokens=tokens, max_position=config.get("max_position_embeddings"), **sizes)
 
 
 _SIZES = ("vocab_size", "hidden_size", "num_attention_heads")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime_genai as og
 import pytest
 
 import mla_pass
@@ -15,8 +16,6 @@ from mla_pass.onnx.session import Decoder
 from tests.families import VOCAB, exported
 from tests.native_cases import needs_library
 from tests.test_convert import SMALL, ids_file
-
-og = pytest.importorskip("onnxruntime_genai")
 
 PROMPT = [3, 17, 40, 8, 25, 6]
 
