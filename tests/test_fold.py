@@ -393,7 +393,9 @@ def test_nan_statistics_are_refused() -> None:
         prepare(case.geometry, case.statistics, Recipe())
 
 
-@pytest.mark.parametrize(("per_group", "order", "dearer"), [(8, 1, (4, 8, 16)), (8, 0, (4, 8)), (4, 1, (4, 8)), (1, 1, ())])
+@pytest.mark.parametrize(
+    ("per_group", "order", "dearer"), [(8, 1, (4, 8, 16)), (8, 0, (4, 8)), (4, 1, (4, 8)), (1, 1, ())]
+)
 def test_no_block_costs_more_than_decoding(per_group: int, order: int, dearer: tuple[int, ...]) -> None:
     theta, energy = np.geomspace(1, 1e-3, 40), np.geomspace(1, 1e-2, 40)
     seen = set()
