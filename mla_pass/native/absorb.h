@@ -8,6 +8,9 @@
 
 #include "bands.h"
 #include "fine.h"
+#if defined(MLA_PASS_MATRIX_UNIT)
+#include "tiles.h"
+#endif
 #include "weigh.h"
 
 namespace mla_pass::MLA_PASS_ISA {
@@ -119,9 +122,95 @@ inline void meet_bands(const Problem<T>& p, const Tile& tile, const Queries<T>& 
   }
 }
 
+#if defined(MLA_PASS_MATRIX_UNIT)
+
+inline void add_rows(Index rows, Index keys, const float* x, float* s, Index step) {
+  for (Index row = 0; row < rows; ++row) {
+    for (Index i = 0; i < keys; i += Vec::width) {
+      store(s + row * step + i, add(load(s + row * step + i), load(x + row * step + i)));
+    }
+  }
+}
+
+// Scores of a chunk's latents, on the matrix unit: s [rows][kScoreStep].
+template <class T>
+inline void meet_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, BandQueries<T>& bands,
+                       const Tiles<T>& tiles, const Terms& still, Index first, Index keys,
+                       const AbsorbScratch& scratch) {
+  const Sizes& size = p.size;
+  const Index rows = rows_of(tile);
+  if (!bands.turning()) {
+    tiles.products(still, rows, 0, keys, scratch.scores, kScoreStep);
+    if (p.key_up) add_mean(rows, keys, queries.still_mean, 1, scratch.scores, kScoreStep);
+    return;
+  }
+  for (Index key = first; key < first + keys;) {
+    const Index reach = bands.reach(key, first + keys);
+    bands.enter(key, reach);
+    while (key < reach) {
+      const Index stop = least(reach, (key / bands.block() + 1) * bands.block()), at = key - first;
+      float* s = scratch.scores + at;
+      const float* rope = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
+      const Terms query = tiles.left(bands.query(0, key), rows, bands.step(), rope, queries.width, scratch.tiles.left);
+      tiles.products(query, rows, at, stop - key, s, kScoreStep);
+      if (size.orders == 1) {
+        add_mean(rows, stop - key, bands.mean(0, key), kPad, s, kScoreStep);
+      } else {
+        const Terms slope = tiles.left(bands.query(1, key), rows, bands.step(), nullptr, 0, scratch.tiles.left);
+        tiles.products(slope, rows, at, stop - key, scratch.slopes, kScoreStep);
+        follow(rows, stop - key, static_cast<float>(key % bands.block()), scratch.slopes, bands.mean(0, key),
+               bands.mean(1, key), kPad, s, kScoreStep);
+      }
+      key = stop;
+    }
+  }
+}
+
+// As absorb, for latents that a matrix unit takes.
+template <class T>
+void absorb_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, Index begin, Index end,
+                  const AbsorbScratch& scratch, const Partial& part) {
+  const Sizes& size = p.size;
+  const Index rows = rows_of(tile);
+  const TileUse use;
+  BandQueries<T> bands(p, tile, queries, scratch);
+  const FinePairs<T> fine(p, tile, queries, scratch);
+  Tiles<T> tiles(p, scratch.tiles);
+  const float* rope_query = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
+  const Terms up = tiles.left(scratch.fine_up, fine.rows(), queries.key_width, nullptr, 0, scratch.tiles.fine);
+  const Terms still = tiles.left(queries.still, bands.turning() ? 0 : rows, queries.key_width, rope_query, queries.width,
+                                 scratch.tiles.left);
+  start(part, rows);
+  for (Index first = begin; first < end; first += kChunk) {
+    const Index keys = least(kChunk, end - first), at = tile.batch * size.capacity + first;
+    tiles.read(at, keys);
+    meet_tiles(p, tile, queries, bands, tiles, still, first, keys, scratch);
+    if (fine.rows() > 0) {
+      tiles.products(up, fine.rows(), 0, keys, scratch.fine_keys, FinePairs<T>::kStep);
+      fine.meet_decoded(first, keys, scratch.scores, kScoreStep);
+    }
+    if (size.rope_dim > 0 && !tiles.rope()) {
+      const Rows rope = size.split == size.rank
+                            ? read_rows(p.part[1], at, keys, scratch.chunk.rope, scratch.chunk.rope_step)
+                            : read_chunk(p, at, keys, scratch.chunk).rope;
+      const Span span = {queries.dims + size.nope_dim, queries.width, rope.data, rope.step, size.rope_dim};
+      dots(&span, 1, rows, keys, scratch.slopes, kScoreStep);
+      add_rows(rows, keys, scratch.slopes, scratch.scores, kScoreStep);
+    }
+    const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
+    weigh(how, queries.sight, rows, scratch.scores, kScoreStep, part, 0);
+    tiles.weighted(rows, keys, scratch.scores, kScoreStep, part);
+  }
+}
+
+#endif
+
 template <class T>
 void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, Index begin, Index end,
             const AbsorbScratch& scratch, const Partial& part) {
+#if defined(MLA_PASS_MATRIX_UNIT)
+  if (scratch.tiles.rows) return absorb_tiles(p, tile, queries, begin, end, scratch, part);
+#endif
   const Sizes& size = p.size;
   const Index rows = rows_of(tile);
   BandQueries<T> bands(p, tile, queries, scratch);

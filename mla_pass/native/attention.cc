@@ -291,7 +291,8 @@ Queries<T> lay_queries(const Problem<T>& p, Index rows, bool expanded, Carver& c
 }
 
 Partial lay_partial(Index rows, Index value_width, Carver& carver) {
-  return {carver.take<float>(rows * value_width), carver.take<float>(rows), carver.take<float>(rows), value_width};
+  return {carver.take<float>((padded(rows) + 1) * std::max<Index>(value_width, kPad)), carver.take<float>(rows),
+          carver.take<float>(rows), value_width};
 }
 
 Index widest_level(const Level* levels, Index count) {
@@ -341,19 +342,44 @@ void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s
   s.turn = carver.take<float>(size.orders * widest_level(p.level, size.levels) * 2 * kPad);
 }
 
+// Whether all latents are stored as what a matrix unit takes, and there are scores to make of them.
 template <class T>
-AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Carver& carver) {
+bool takes_tiles(const Problem<T>& p) {
+  const auto exact = [&](int part) { return p.part[part].as == Storage::bfloat16 || p.part[part].as == Storage::int8; };
+  const Sizes& size = p.size;
+  return size.nope_dim > 0 && (size.split == 0 || exact(0)) && (size.split >= size.rank || exact(1));
+}
+
+template <class T>
+TileScratch lay_tiles(const Problem<T>& p, Index rows, Index fine_rows, Carver& carver) {
+  constexpr Index kRuns = 2 * kSegments + 1, kSide = 16, kDepth = 32;
+  const bool runs = p.part[0].as == Storage::int8 || p.part[1].as == Storage::int8;
+  const Index columns = (ceil_div(p.size.rank + p.size.rope_dim, kDepth) + (runs ? kRuns : 3)) * kDepth;
+  TileScratch s{};
+  s.rows = carver.take<std::uint16_t>(kChunk * columns);
+  s.keys = carver.take<std::uint32_t>(columns / 2 * (kChunk + kSide));
+  s.values = carver.take<std::uint32_t>(kChunk / 2 * columns);
+  s.scales = carver.take<float>(kRuns * (kChunk + kSide));
+  s.left = carver.take<std::uint16_t>(2 * padded(rows) * columns);
+  s.fine = carver.take<std::uint16_t>(2 * padded(fine_rows) * columns);
+  s.weights = carver.take<std::uint16_t>(2 * padded(rows) * kChunk);
+  return s;
+}
+
+template <class T>
+AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, bool tiles, Carver& carver) {
   const Sizes& size = p.size;
   AbsorbScratch s{};
   lay_bands(p, rows, carver, s);
+  const Index dims = 2 * size.decoded, groups = std::min(size.groups, rows);  // a tile has at least a row a group
+  if (tiles && takes_tiles(p)) s.tiles = lay_tiles(p, rows, groups * dims, carver);
   if (size.decoded > 0) {
-    const Index dims = 2 * size.decoded, groups = std::min(size.groups, rows);  // a tile has at least a row a group
     s.fine_up = carver.take<float>(groups * dims * padded(size.key_rank));
     s.fine_query = carver.take<float>(rows * dims);
     s.fine_keys = carver.take<float>(groups * dims * (kChunk + kPad));
   }
   s.scores = carver.take<float>(rows * (kChunk + kPad));
-  if (size.orders > 1) s.slopes = carver.take<float>(rows * (kChunk + kPad));
+  if (size.orders > 1 || tiles) s.slopes = carver.take<float>(rows * (kChunk + kPad));
   s.chunk = lay_chunk(p, carver);
   return s;
 }
@@ -475,7 +501,8 @@ void run_expanded(const Problem<T>& p, const Kernels<T>& kernels, const Threads&
 
 // Every tile by itself, from its queries to its context: where there are tiles enough for all threads.
 template <class T>
-void run_absorbed_whole(const Problem<T>& p, const Kernels<T>& kernels, const Tiling& tiling, const Threads& threads) {
+void run_absorbed_whole(const Problem<T>& p, const Isa& isa, const Tiling& tiling, const Threads& threads) {
+  const Kernels<T>& kernels = kernels_of<T>(isa);
   const Index rows = tiling.heads * tiling.tokens, value_width = padded(p.size.value_rank);
   struct Room {
     Queries<T> queries;
@@ -486,7 +513,7 @@ void run_absorbed_whole(const Problem<T>& p, const Kernels<T>& kernels, const Ti
   const auto lay = [&](Carver& carver) {
     Room room{};
     room.queries = lay_queries(p, rows, false, carver);
-    room.absorb = lay_absorb(p, rows, carver);
+    room.absorb = lay_absorb(p, rows, isa.tiles, carver);
     room.partial = lay_partial(rows, value_width, carver);
     room.finish = lay_finish(p, rows, value_width, carver);
     return room;
@@ -506,8 +533,9 @@ void run_absorbed_whole(const Problem<T>& p, const Kernels<T>& kernels, const Ti
 
 // Few tiles: each meets the cache in `parts` parts, which are joined afterwards.
 template <class T>
-void run_absorbed_parts(const Problem<T>& p, const Kernels<T>& kernels, const Tiling& tiling, Index parts,
+void run_absorbed_parts(const Problem<T>& p, const Isa& isa, const Tiling& tiling, Index parts,
                         const Threads& threads) {
+  const Kernels<T>& kernels = kernels_of<T>(isa);
   const Index rows = tiling.heads * tiling.tokens, value_width = padded(p.size.value_rank);
   const Index tiles = tiling.count(p.size);
   struct Shared {
@@ -532,7 +560,7 @@ void run_absorbed_parts(const Problem<T>& p, const Kernels<T>& kernels, const Ti
   const Shared shared = lay_shared(carver);
   parallel(threads, tiles,
            [&](Index i) { kernels.prepare(p, tiling.at(p.size, i), false, shared.queries[i]); });
-  const auto lay_own = [&](Carver& own) { return lay_absorb(p, rows, own); };
+  const auto lay_own = [&](Carver& own) { return lay_absorb(p, rows, isa.tiles, own); };
   const std::size_t bytes = bytes_of(lay_own);
   parallel(threads, tiles * parts, [&](Index i) {
     const Lease room(bytes);
@@ -553,13 +581,13 @@ void run_absorbed_parts(const Problem<T>& p, const Kernels<T>& kernels, const Ti
 }
 
 template <class T>
-void run_absorbed(const Problem<T>& p, const Kernels<T>& kernels, const Threads& threads) {
+void run_absorbed(const Problem<T>& p, const Isa& isa, const Threads& threads) {
   const Tiling tiling = absorbed_tiling(p.size);
   const Index wanted = ceil_div(2 * threads.workers, tiling.count(p.size));
   const Index keys = p.size.window > 0 ? std::min(p.size.total, p.size.window + tiling.tokens) : p.size.total;
   const Index parts = threads.workers > 1 ? std::clamp<Index>(keys / kLeastKeys, 1, wanted) : 1;
-  if (parts == 1) return run_absorbed_whole(p, kernels, tiling, threads);
-  run_absorbed_parts(p, kernels, tiling, parts, threads);
+  if (parts == 1) return run_absorbed_whole(p, isa, tiling, threads);
+  run_absorbed_parts(p, isa, tiling, parts, threads);
 }
 
 }  // namespace
@@ -588,7 +616,7 @@ void run(const Layout& layout, const Sizes& size, const Inputs& inputs, const Ou
   const Index from = expand_from(layout, size, p.key_up != nullptr, p.value_up != nullptr);
   const bool expanded = form == Form::counted ? size.fresh >= from : form == Form::expanded;
   if (expanded) return run_expanded(p, kernels_of<T>(isa), threads);
-  run_absorbed(p, kernels_of<T>(isa), threads);
+  run_absorbed(p, isa, threads);
 }
 
 template void run<float>(const Layout&, const Sizes&, const Inputs&, const Outputs&, const Isa&, Form, const Threads&);

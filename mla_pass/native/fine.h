@@ -20,11 +20,20 @@ class FinePairs {
     turn_queries(queries);
   }
 
+  // Rows of key_up that decode the pairs' keys, each key_width from the next, in `AbsorbScratch.fine_up`.
+  Index rows() const { return groups_ * 2 * pairs_; }
+  static constexpr Index kStep = kChunk + kPad;
+
   // Adds to the scores s [rows][step] of `keys` rows from cache row `first` on, whose latents are given.
   void meet(Index first, Index keys, const float* latent, Index latent_step, float* s, Index step) const {
     if (pairs_ == 0) return;
     const Span span = {scratch_.fine_up, width_, latent, latent_step, size_.key_rank};
-    dots(&span, 1, groups_ * 2 * pairs_, keys, scratch_.fine_keys, kStep);
+    dots(&span, 1, rows(), keys, scratch_.fine_keys, kStep);
+    meet_decoded(first, keys, s, step);
+  }
+
+  // The same where `AbsorbScratch.fine_keys` [rows()][kStep] holds the products of key_up and latents already.
+  void meet_decoded(Index first, Index keys, float* s, Index step) const {
     turn_keys(first, keys);
     Index place = 0;
     for_groups(size_, tile_, [&](const GroupRun& run) {
@@ -35,8 +44,6 @@ class FinePairs {
   }
 
  private:
-  static constexpr Index kStep = kChunk + kPad;
-
   // The pairs' rows of key_up, real parts before imaginary parts.
   void read_up(Index group, Index place) const {
     for (Index part = 0; part < 2; ++part) {

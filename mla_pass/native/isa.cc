@@ -6,15 +6,38 @@
 
 #include "contract.h"
 
+#if defined(MLA_PASS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mla_pass {
 
 extern const Isa isa_scalar;
 #if defined(MLA_PASS_X86)
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
+#if defined(MLA_PASS_AMX)
+extern const Isa isa_amx;
+#endif
 #endif
 
 namespace {
+
+#if defined(MLA_PASS_AMX)
+// Whether there are tiles and bfloat16 products on them, and the system lets this process use them: it keeps their
+// registers only for those that ask.
+bool amx_granted() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBfloat = 1u << 22, kTile = 1u << 24, kOsxsave = 1u << 27;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat | kTile)) != (kBfloat | kTile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512-BF16
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsxsave) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl, see Linux' x86/xstate documentation
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // Best first. The compiler's own check asks the operating system, too, whether it keeps the wide registers.
 std::vector<const Isa*> usable() {
@@ -23,6 +46,9 @@ std::vector<const Isa*> usable() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(MLA_PASS_AMX)
+  if (avx512 && amx_granted()) found.push_back(&isa_amx);
+#endif
   if (avx512) found.push_back(&isa_avx512);
   if (avx2) found.push_back(&isa_avx2);
 #endif

@@ -126,7 +126,7 @@ struct Queries {
 
 // Attention over part of the cache, not yet divided by the sum: a tile may meet the cache in several parts.
 struct Partial {
-  float* sum;  // [rows][value_width]
+  float* sum;  // [rows, 16s][value_width], and 16 more
   float* top;  // [rows]: largest score met, -inf for none
   float* mass;  // [rows]: sum of exp(score - top)
   Index value_width;
@@ -138,6 +138,18 @@ struct ChunkScratch {
   float* latent;  // [kChunk][latent_step]
   float* rope;    // [kChunk][rope_step]
   Index latent_step, rope_step;
+};
+
+// Room for a chunk's latents as operands of a matrix unit, see tiles.h; null where none is used. `columns` is at least
+// the latents' number, every run of them at one scale rounded up to whole tiles.
+struct TileScratch {
+  std::uint16_t* rows;     // [kChunk][columns]
+  std::uint32_t* keys;     // [columns / 2][kChunk + 16]
+  std::uint32_t* values;   // [kChunk / 2][columns]
+  float* scales;           // [runs][kChunk + 16]
+  std::uint16_t* left;     // [2][rows, 16s][columns]
+  std::uint16_t* fine;     // [2][rows of fine_up, 16s][columns]
+  std::uint16_t* weights;  // [2][rows, 16s][kChunk]
 };
 
 // Room for one thread in the absorbed form.
@@ -153,6 +165,7 @@ struct AbsorbScratch {
   float* fine_query;         // [rows][2 * decoded], turned to their rows
   float* fine_keys;          // [groups of a tile][2 * decoded][kChunk + kPad]
   ChunkScratch chunk;
+  TileScratch tiles;
 };
 
 // Room for one thread in the expanded form.
@@ -192,6 +205,7 @@ struct Kernels {
 
 struct Isa {
   const char* name;
+  bool tiles;  // a matrix unit meets latents stored as bfloat16 or int8
   Kernels<float> f32;
   Kernels<Half> f16;
   Kernels<Bfloat> bf16;
