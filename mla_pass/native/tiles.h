@@ -5,8 +5,8 @@
 // bfloat16 terms, high and low, whose sum keeps 16 bits of each number; sums are float32. The scales of an int8 row
 // belong to runs of columns, so that products are made run by run and scaled as float32.
 //
-// Counted per cached row: 2 bytes moved in and 4 out for each operand's number, whatever the number of heads; products
-// at 2 x 16 x 16 x 32 multiply-adds in some 16 cycles, where vectors do 32 a cycle.
+// Counted per cached row: each operand moves a number once in and once out, whatever the number of heads; a product of
+// tiles is 16 x 16 x 32 multiply-adds in 16 cycles, and there are two for every number, where vectors do 32 a cycle.
 #pragma once
 
 #include "fine.h"
@@ -151,7 +151,8 @@ class Tiles {
       const Index begin = greatest(run.begin, size_.value_offset), columns = run.end - begin;
       for (Index row = 0; row < rows; row += kTileSide) {
         float* sum = part.sum + row * part.value_width + begin - size_.value_offset;
-        sum_tiles(row, run.place, columns, sum, part.value_width);
+        const std::uint16_t* high = scratch_.weights + row * kChunk;
+        sum_tiles(high, high + rounded_up(rows, kTileSide) * kChunk, run.place, columns, sum, part.value_width);
       }
     }
   }
@@ -351,15 +352,14 @@ class Tiles {
         split(x, 0xffff, high + row * kChunk + key, low + row * kChunk + key);
       }
     }
-    weight_rows_ = rounded_up(rows, kTileSide);
   }
 
-  // sum[.][0, columns) += 16 rows of weights times the values of a run.
-  void sum_tiles(Index row, Index place, Index columns, float* sum, Index step) const {
+  // sum[.][0, columns) += 16 rows of weights, their high and low terms, times the values of a run.
+  void sum_tiles(const std::uint16_t* high, const std::uint16_t* low, Index place, Index columns, float* sum,
+                 Index step) const {
     for (Index key = 0; key < kChunk; key += kTileDepth) {
-      const std::uint16_t* high = scratch_.weights + row * kChunk + key;
-      _tile_loadd(6, high, kChunk * 2);
-      _tile_loadd(7, high + weight_rows_ * kChunk, kChunk * 2);
+      _tile_loadd(6, high + key, kChunk * 2);
+      _tile_loadd(7, low + key, kChunk * 2);
       const std::uint32_t* values = scratch_.values + key / 2 * columns_ + place;
       Index c = 0;
       for (; columns - c > 2 * kTileSide; c += 3 * kTileSide) sum_three(values + c, sum + c, step);
@@ -401,7 +401,6 @@ class Tiles {
   const TileScratch& scratch_;
   Run run_[kMostRuns];
   Index runs_ = 0, columns_ = 0;
-  mutable Index weight_rows_ = 0;
 };
 
 }  // namespace mla_pass::MLA_PASS_ISA
