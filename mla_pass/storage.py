@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from mla_pass.config import MlaConfig
+from mla_pass.errors import MlaPassError
 
 SEGMENTS = 4
 """Scales of an 8-bit row; four of them keep its width a multiple of four bytes."""
@@ -41,7 +42,12 @@ class RowFormat:
     """The two tensors hold half a row each, both as `latent`."""
 
     def split(self, rank: int, rope_dims: int) -> int:
-        """Numbers of a row in the first tensor."""
+        """Numbers of a row in the first tensor. Raises MlaPassError for an odd row that is to be halved."""
+        if self.halves and (rank + rope_dims) % 2:
+            raise MlaPassError(
+                f"layout genai cuts a row into two halves, but rank {rank} and {rope_dims} rope dims make an odd one; "
+                "give a larger budget, or an even rank"
+            )
         return (rank + rope_dims) // 2 if self.halves else rank
 
     def bytes(self, rank: int, rope_dims: int) -> int:

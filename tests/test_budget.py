@@ -172,6 +172,8 @@ def test_halves_are_of_one_type_and_shape() -> None:
     assert row == RowFormat("float32", "int8", "int8", halves=True)
     assert row.split(30, 10) == 20
     assert row.bytes(30, 10) == 2 * (20 + 4)
+    with pytest.raises(MlaPassError, match="rank 1 and 10 rope dims make an odd one"):
+        row.split(1, 10)
     with pytest.raises(MlaPassError, match="rope_dtype float16 beside cache_dtype int8 makes two"):
         MlaConfig(layout="genai", cache_dtype="int8", rope_dtype="float16")
     with pytest.raises(MlaPassError, match="rank must be even; got 15"):

@@ -234,9 +234,9 @@ class Body:
         rope = o.cut(i["row"], v.rank, v.rank + v.rope_dim, 2)
         rope = self.turn_rope(rope, ()) if v.rope_dim else rope
         live, presents = [], []
-        width = v.rank + v.rope_dim
+        rest = v.rank + v.rope_dim - v.split
         first, second = self.cut_again(latent, rope, v.rank, v.split, 2)
-        parts = (("past_latent", first, v.split, v.latent_dtype), ("past_rope", second, width - v.split, v.rope_dtype))
+        parts = (("past_latent", first, v.split, v.latent_dtype), ("past_rope", second, rest, v.rope_dtype))
         for name, new, width, dtype in parts:
             past, new = i[name], self.packed(o.unsqueeze(new, 1), i[name], width, dtype)
             if v.shared_buffer:
