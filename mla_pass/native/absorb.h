@@ -67,7 +67,7 @@ inline void add_mean(Index rows, Index keys, const float* mean, Index mean_step,
 
 constexpr Index kScoreStep = kChunk + kPad;
 
-// Products of a tile's queries with rows [key, key + keys) of the cache, which no band turns.
+// Products of a tile's queries with a chunk's rows where no band turns them.
 template <class T>
 inline void meet_still(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, Index keys, const Chunk& chunk,
                        float* s) {
@@ -106,20 +106,27 @@ inline Chunk from(const Chunk& chunk, Index row) {
           {chunk.rope.data + row * chunk.rope.step, chunk.rope.step}};
 }
 
+// Calls work(key, keys) for the run of rows of every finest block within [begin, end), its queries made.
+template <class T, class Work>
+inline void for_blocks(BandQueries<T>& bands, Index begin, Index end, const Work& work) {
+  for (Index key = begin; key < end;) {
+    const Index reach = bands.reach(key, end);
+    bands.enter(key, reach);
+    while (key < reach) {
+      const Index stop = least(reach, (key / bands.block() + 1) * bands.block());
+      work(key, stop - key);
+      key = stop;
+    }
+  }
+}
+
 // Products with a chunk of `keys` rows from `first` on, in runs of blocks.
 template <class T>
 inline void meet_bands(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, BandQueries<T>& bands,
                        Index first, Index keys, const Chunk& chunk, const AbsorbScratch& scratch) {
-  for (Index key = first; key < first + keys;) {
-    const Index reach = bands.reach(key, first + keys);
-    bands.enter(key, reach);
-    while (key < reach) {
-      const Index stop = least(reach, (key / bands.block() + 1) * bands.block());
-      meet_block(p, tile, queries, bands, key, stop - key, from(chunk, key - first), scratch,
-                 scratch.scores + key - first);
-      key = stop;
-    }
-  }
+  for_blocks(bands, first, first + keys, [&](Index key, Index count) {
+    meet_block(p, tile, queries, bands, key, count, from(chunk, key - first), scratch, scratch.scores + key - first);
+  });
 }
 
 #if defined(MLA_PASS_MATRIX_UNIT)
@@ -144,26 +151,17 @@ inline void meet_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& 
     if (p.key_up) add_mean(rows, keys, queries.still_mean, 1, scratch.scores, kScoreStep);
     return;
   }
-  for (Index key = first; key < first + keys;) {
-    const Index reach = bands.reach(key, first + keys);
-    bands.enter(key, reach);
-    while (key < reach) {
-      const Index stop = least(reach, (key / bands.block() + 1) * bands.block()), at = key - first;
-      float* s = scratch.scores + at;
-      const float* rope = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
-      const Terms query = tiles.left(bands.query(0, key), rows, bands.step(), rope, queries.width, scratch.tiles.left);
-      tiles.products(query, rows, at, stop - key, s, kScoreStep);
-      if (size.orders == 1) {
-        add_mean(rows, stop - key, bands.mean(0, key), kPad, s, kScoreStep);
-      } else {
-        const Terms slope = tiles.left(bands.query(1, key), rows, bands.step(), nullptr, 0, scratch.tiles.left);
-        tiles.products(slope, rows, at, stop - key, scratch.slopes, kScoreStep);
-        follow(rows, stop - key, static_cast<float>(key % bands.block()), scratch.slopes, bands.mean(0, key),
-               bands.mean(1, key), kPad, s, kScoreStep);
-      }
-      key = stop;
-    }
-  }
+  const float* rope = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
+  for_blocks(bands, first, first + keys, [&](Index key, Index count) {
+    float* s = scratch.scores + key - first;
+    const Terms query = tiles.left(bands.query(0, key), rows, bands.step(), rope, queries.width, scratch.tiles.left);
+    tiles.products(query, rows, key - first, count, s, kScoreStep);
+    if (size.orders == 1) return add_mean(rows, count, bands.mean(0, key), kPad, s, kScoreStep);
+    const Terms slope = tiles.left(bands.query(1, key), rows, bands.step(), nullptr, 0, scratch.tiles.left);
+    tiles.products(slope, rows, key - first, count, scratch.slopes, kScoreStep);
+    follow(rows, count, static_cast<float>(key % bands.block()), scratch.slopes, bands.mean(0, key),
+           bands.mean(1, key), kPad, s, kScoreStep);
+  });
 }
 
 // As absorb, for latents that a matrix unit takes.

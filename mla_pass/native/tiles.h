@@ -80,11 +80,11 @@ struct Terms {
   bool rope;
 };
 
-inline void split(__m512 x, __mmask16 lanes, std::uint16_t* high, std::uint16_t* low) {
+inline void split(__m512 x, std::uint16_t* high, std::uint16_t* low) {
   const __m256i top = (__m256i)_mm512_cvtneps_pbh(x);
   const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(top), 16)));
-  _mm256_mask_storeu_epi16(high, lanes, top);
-  _mm256_mask_storeu_epi16(low, lanes, (__m256i)_mm512_cvtneps_pbh(rest));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), top);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), (__m256i)_mm512_cvtneps_pbh(rest));
 }
 
 template <class T>
@@ -122,7 +122,7 @@ class Tiles {
                                                    : rope + row * rope_step + run.begin - size_.rank;
         for (Index c = 0; c < rounded_up(length, kTileDepth); c += 16) {
           const __mmask16 there = length - c >= 16 ? 0xffff : length > c ? first_lanes(length - c) : 0;
-          split(_mm512_maskz_loadu_ps(there, from + c), 0xffff, room + at + c, low + at + c);
+          split(_mm512_maskz_loadu_ps(there, from + c), room + at + c, low + at + c);
         }
       }
     }
@@ -158,8 +158,8 @@ class Tiles {
   }
 
  private:
-  // Columns [begin, end) of the row, latents or rope dims, that lie side by side in a part from its number `from` on, all at one scale;
-  // `place` in operands, where every run starts at whole tiles.
+  // Columns [begin, end) of the row, latents or rope dims, that lie side by side in a part from its number `from` on,
+  // all at one scale; `place` in operands, where every run starts at whole tiles.
   struct Run {
     Index begin, end, part, from, place;
     const std::int8_t* codes;  // the run's scale of the first row of the cache, if `scaled`
@@ -349,7 +349,7 @@ class Tiles {
         const __mmask16 there = keys - key >= 16 ? 0xffff : keys > key ? first_lanes(keys - key) : 0;
         __m512 x = _mm512_maskz_loadu_ps(there, s + row * step + key);
         if (run.scaled) x = _mm512_mul_ps(x, _mm512_loadu_ps(scale_at(run) + key));
-        split(x, 0xffff, high + row * kChunk + key, low + row * kChunk + key);
+        split(x, high + row * kChunk + key, low + row * kChunk + key);
       }
     }
   }
