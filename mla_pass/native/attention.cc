@@ -352,14 +352,13 @@ bool takes_tiles(const Problem<T>& p) {
 
 template <class T>
 TileScratch lay_tiles(const Problem<T>& p, Index rows, Index fine_rows, Carver& carver) {
-  constexpr Index kRuns = 2 * kSegments + 1, kSide = 16, kDepth = 32;
   const bool runs = p.part[0].as == Storage::int8 || p.part[1].as == Storage::int8;
-  const Index columns = (ceil_div(p.size.rank + p.size.rope_dim, kDepth) + (runs ? kRuns : 3)) * kDepth;
+  const Index columns = (ceil_div(p.size.rank + p.size.rope_dim, kTileDepth) + (runs ? kMostRuns : 3)) * kTileDepth;
   TileScratch s{};
   s.rows = carver.take<std::uint16_t>(kChunk * columns);
-  s.keys = carver.take<std::uint32_t>(columns / 2 * (kChunk + kSide));
+  s.keys = carver.take<std::uint32_t>(columns / 2 * (kChunk + kTileSide));
   s.values = carver.take<std::uint32_t>(kChunk / 2 * columns);
-  s.scales = carver.take<float>(kRuns * (kChunk + kSide));
+  s.scales = carver.take<float>(kMostRuns * (kChunk + kTileSide));
   s.left = carver.take<std::uint16_t>(2 * padded(rows) * columns);
   s.fine = carver.take<std::uint16_t>(2 * padded(fine_rows) * columns);
   s.weights = carver.take<std::uint16_t>(2 * padded(rows) * kChunk);

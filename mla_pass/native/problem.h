@@ -52,6 +52,11 @@ constexpr Index kPad = 16;
 // Cached rows that are scored, weighed and summed at a time: at r + p = 576 they are 147 KB in float32, which stays in
 // a second-level cache between its two readings. A multiple of kPad.
 constexpr Index kChunk = 64;
+// A matrix unit's tile: rows, which are dwords of a row, too; and bfloat16 numbers of a row.
+constexpr Index kTileSide = 16;
+constexpr Index kTileDepth = 32;
+// Runs of a row's numbers at one scale: segments of both parts, one of which may hold latents and rope dims.
+constexpr Index kMostRuns = 2 * kSegments + 1;
 
 struct Sizes {
   Index batch, fresh, total;

@@ -14,8 +14,6 @@
 
 namespace mla_pass::MLA_PASS_ISA {
 
-constexpr Index kTileSide = 16;   // rows of a tile, and dwords of one
-constexpr Index kTileDepth = 32;  // bfloat16 numbers of a tile's row
 constexpr Index kKeysStep = kChunk + kTileSide;
 
 inline Index rounded_up(Index count, Index to) { return (count + to - 1) / to * to; }
@@ -393,8 +391,6 @@ class Tiles {
     _tile_dpbf16ps(0, 7, 3);
     _tile_stored(0, sum, step * 4);
   }
-
-  static constexpr Index kMostRuns = 2 * kSegments + 1;  // a segment may hold latents and rope dims
 
   const Problem<T>& p_;
   const Sizes& size_;
