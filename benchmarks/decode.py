@@ -31,7 +31,7 @@ from onnx import TensorProto, helper
 
 from mla_pass import MlaConfig, native
 from mla_pass.onnx.body import INPUTS
-from mla_pass.storage import STORED, encoded, row_format
+from mla_pass.storage import CODED, STORED, encoded, row_format
 
 H, G, D, ROPE, NOPE = 32, 8, 128, 64, 64
 TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
@@ -94,7 +94,7 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int) -> Calla
     row = row_format(dtype, MlaConfig(cache_dtype=stored))
     for name, width, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
         past = draw(1, 1, rows, width)
-        feeds[name] = encoded(past) if as_stored == "int8" else past.astype(STORED[as_stored])
+        feeds[name] = encoded(past, as_stored) if as_stored in CODED else past.astype(STORED[as_stored])
     attributes = {
         "num_heads": H, "kv_groups": G, "rank": rank, "key_rank": rank, "value_offset": 0, "rope_dim": ROPE,
         "nope_dim": rank, "split": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4096])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["float32"])
-    parser.add_argument("--stored", nargs="+", choices=("same", "float16", "bfloat16", "int8"), default=["same"])
+    parser.add_argument("--stored", nargs="+", choices=("same", "float16", "bfloat16", "int8", "float8"), default=["same"])
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(arguments)
     loops = ceilings()

@@ -13,8 +13,8 @@ Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
 Layout = Literal["plain", "genai"]
 Layers = Literal["loss", "even"]
-CacheDtype = Literal["same", "float16", "bfloat16", "int8", "auto"]
-RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8"]
+CacheDtype = Literal["same", "float16", "bfloat16", "int8", "float8", "auto"]
+RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8", "float8"]
 MetricKind = Literal["auto", "output", "fisher"]
 FORMAT_VERSION = 5
 
@@ -46,8 +46,9 @@ class MlaConfig:
     """How a row lies in its two cache tensors: `plain`, latent and rotated part; `genai`, two halves of one shape and
     type, which is what onnxruntime-genai can keep."""
     cache_dtype: CacheDtype = "same"
-    """Type the latents are stored in: the model's own, 16 bits, 8 bits with a scale for each quarter of a row, or
-    `auto`, which takes of the model's own and 8 bits what loses less at equal bytes on held-out text."""
+    """Type the latents are stored in: the model's own, 16 bits, 8 bits with a scale for each quarter of a row (`int8`,
+    whole numbers, or `float8`, E4M3 numbers, which are coarser), or `auto`, which takes of the model's own and int8 what
+    loses less at equal bytes on held-out text."""
     rope_dtype: RopeDtype = "auto"
     """Type the rotated part of a row is stored in; `auto` is as the latent, but 16 bits beside 8-bit latents."""
     layers: Layers = "loss"

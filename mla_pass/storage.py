@@ -1,11 +1,15 @@
 """How cached rows lie in memory: their element types, widths and bytes, and the 8-bit code.
 
 A row's latent and its rotated part are two tensors, each of the model's own type, of 16 bits, or of 8; or a row is cut
-into two halves instead, as onnxruntime-genai wants it. Eight-bit rows
-hold n whole numbers in [-127, 127], in four segments of ceil(n / 4), and behind them a code c for each segment:
-x = q 2^(c / 8). A code is the least whole one with which the largest number of its segment fits, so that a step is at
-most 1/116 of it; nothing else is stored, and nothing is calibrated. Latents suit it: calibration scaled their channels
-to unit variance.
+into two halves instead, as onnxruntime-genai wants it. Eight-bit rows hold n small numbers q, in four segments of
+ceil(n / 4), and behind them a code c for each segment: x = q 2^(c / 8). A code is the least whole one with which the
+largest number of its segment fits; nothing else is stored, and nothing is calibrated. Latents suit it: calibration
+scaled their channels to unit variance. What a q is:
+
+- `int8`: a whole number in [-127, 127]; a step is at most 1/116 of the segment's largest number.
+- `float8`: a float8 E4M3 number (OCP 8-bit floating point, 4 bits of exponent and 3 of mantissa, no infinities) of at
+  most 448; a step is at most an eighth of the number itself. Its tensors are uint8, which hold the bits, since stock
+  operators neither scatter nor join float8 tensors; a code is stored as c + 128.
 """
 
 from __future__ import annotations
@@ -20,14 +24,26 @@ from mla_pass.errors import MlaPassError
 
 SEGMENTS = 4
 """Scales of an 8-bit row; four of them keep its width a multiple of four bytes."""
-LARGEST = 127
 OCTAVE = 8
 """Codes between one scale and its double: 2^(1/8) = 1.09 apart, from 2^-16 to 2^15.9."""
 
+
+@dataclass(frozen=True)
+class Coded:
+    """An eight-bit storage."""
+
+    element: np.dtype
+    """Of the tensor."""
+    largest: int
+    """What a q is at most."""
+    zero: int
+    """What code 0 is stored as."""
+
+
+CODED = {"int8": Coded(np.dtype(np.int8), 127, 0), "float8": Coded(np.dtype(np.uint8), 448, 128)}
 STORED = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int8": np.dtype(np.int8),
-}  # fmt: skip
+} | {name: coded.element for name, coded in CODED.items()}  # fmt: skip
 """What a cache's elements can be."""
 
 
@@ -74,13 +90,13 @@ def row_format(model: str, config: MlaConfig) -> RowFormat:
         return RowFormat(model, latent, latent, halves=True)
     if config.rope_dtype == "auto":
         narrow = "bfloat16" if model == "bfloat16" else "float16"
-        return RowFormat(model, latent, narrow if latent == "int8" else latent)
+        return RowFormat(model, latent, narrow if latent in CODED else latent)
     return RowFormat(model, latent, model if config.rope_dtype == "same" else config.rope_dtype)
 
 
 def stored_width(numbers: int, dtype: str) -> int:
     """Elements that so many numbers of a row take."""
-    return numbers + SEGMENTS if dtype == "int8" else numbers
+    return numbers + SEGMENTS if dtype in CODED else numbers
 
 
 def stored_bytes(numbers: int, dtype: str) -> int:
@@ -98,26 +114,35 @@ def segment_of(numbers: int) -> np.ndarray:
     return np.arange(numbers) // segment_length(numbers)
 
 
-def encoded(x: np.ndarray) -> np.ndarray:
-    """Eight-bit rows, int8 [..., n + 4], of numbers x [..., n]."""
-    n = x.shape[-1]
+def encoded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Eight-bit rows, [..., n + 4], of numbers x [..., n]."""
+    n, coded = x.shape[-1], CODED[dtype]
     length = segment_length(n)
     padded = np.pad(x.astype(np.float64), [(0, 0)] * (x.ndim - 1) + [(0, SEGMENTS * length - n)])
     parts = padded.reshape(*x.shape[:-1], SEGMENTS, length)
     with np.errstate(divide="ignore"):  # a segment of zeros gets the least code
-        code = np.ceil(OCTAVE * np.log2(np.abs(parts).max(-1) / LARGEST))
+        code = np.ceil(OCTAVE * np.log2(np.abs(parts).max(-1) / coded.largest))
     code = np.clip(code, -128, 127)
-    whole = np.clip(np.rint(parts * 2.0 ** (-code / OCTAVE)[..., None]), -LARGEST, LARGEST)
-    return np.concatenate([whole.reshape(*x.shape[:-1], SEGMENTS * length)[..., :n], code], -1).astype(np.int8)
+    q = np.clip(parts * 2.0 ** (-code / OCTAVE)[..., None], -coded.largest, coded.largest)
+    q = q.reshape(*x.shape[:-1], SEGMENTS * length)[..., :n]
+    bits = q.astype(ml_dtypes.float8_e4m3fn).view(np.uint8) if dtype == "float8" else np.rint(q)
+    return np.concatenate([bits, code + coded.zero], -1).astype(coded.element)
 
 
 def decoded(rows: np.ndarray) -> np.ndarray:
     """The numbers, float64 [..., n], of eight-bit rows [..., n + 4]."""
     n = rows.shape[-1] - SEGMENTS
-    scale = 2.0 ** (rows[..., n:].astype(np.float64) / OCTAVE)
-    return rows[..., :n] * scale[..., segment_of(n)]
+    (coded,) = (coded for coded in CODED.values() if coded.element == rows.dtype)
+    scale = 2.0 ** ((rows[..., n:].astype(np.float64) - coded.zero) / OCTAVE)
+    q = rows[..., :n].copy().view(ml_dtypes.float8_e4m3fn) if rows.dtype == np.uint8 else rows[..., :n]
+    return q.astype(np.float64) * scale[..., segment_of(n)]
+
+
+def float8_numbers() -> np.ndarray:
+    """What the 256 bit patterns of a float8 E4M3 stand for, float32; two of them for NaN."""
+    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     """Numbers [..., n] as they come back from the cache, float64."""
-    return decoded(encoded(x)) if dtype == "int8" else x.astype(STORED[dtype]).astype(np.float64)
+    return decoded(encoded(x, dtype)) if dtype in CODED else x.astype(STORED[dtype]).astype(np.float64)

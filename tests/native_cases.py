@@ -24,10 +24,10 @@ from mla_pass.fold.bands import Bands
 from mla_pass.onnx.body import Variant
 from mla_pass.onnx.session import host_view
 from mla_pass.reference import attend, rows
-from mla_pass.storage import decoded, encoded
+from mla_pass.storage import CODED, decoded, encoded
 from tests.test_body import build, variant_of
 
-STORED = {"int8": np.dtype(np.int8)}
+STORED = {name: coded.element for name, coded in CODED.items()}
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 IR_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # One rounding of the result; kernels compute in float32, whose own errors add 1e-5 at the most.
@@ -143,7 +143,8 @@ def cases(draw: st.DrawFn) -> Case:
         causal=pick(True, True, True, False), padding=pick(True, False), hide_inside=pick(False, False, True),
         bias=pick("", "", "-", "b", "h", "bh"), query_map=pick(True, False), key_up=key_up,
         value_up=pick(True, True, False), shared=pick(True, False),
-        latent=pick("same", "same", "int8", "float16", "bfloat16"), rope=pick("same", "same", "int8", "float16"),
+        latent=pick("same", "same", "int8", "float8", "float16", "bfloat16"),
+        rope=pick("same", "same", "int8", "float8", "float16"),
         cut=pick(-1.0, -1.0, -1.0, 0.5, 0.0, 0.2, 0.9, 1.0),
     )  # fmt: skip
 
@@ -297,17 +298,17 @@ class Drawn:
 
 def as_stored(x: np.ndarray, dtype: str) -> np.ndarray:
     """Numbers [..., n] as the cache keeps them."""
-    return encoded(x) if dtype == "int8" else x.astype(DTYPES[dtype])
+    return encoded(x, dtype) if dtype in CODED else x.astype(DTYPES[dtype])
 
 
 def as_numbers(x: np.ndarray) -> np.ndarray:
     """The opposite, float64."""
-    return decoded(x) if x.dtype == np.int8 else x.astype(np.float64)
+    return decoded(x) if x.dtype in STORED.values() else x.astype(np.float64)
 
 
 def unwritten(dtype: str) -> float:
-    """What fills rows that nothing wrote: no number, or the one byte that no row holds."""
-    return -128 if dtype == "int8" else np.nan
+    """What fills rows that nothing wrote: no number, or a byte that no row's number is."""
+    return {"int8": -128, "float8": 0x7F}.get(dtype, np.nan)
 
 
 @contextmanager
@@ -352,25 +353,25 @@ def run_session(session, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     for output in session.get_outputs():
         binding.bind_output(output.name)
     session.run_with_iobinding(binding)
-    types = {f"tensor({name})": dtype for name, dtype in (DTYPES | STORED).items()}
+    types = {f"tensor({dtype.name})": dtype for dtype in (DTYPES | STORED).values()}
     types["tensor(float)"] = DTYPES["float32"]
     return [host_view(value, types[value.data_type()]).copy() for value in binding.get_outputs()]
 
 
-def check_codes(rows: np.ndarray, want: np.ndarray, error: float) -> None:
+def check_codes(rows: np.ndarray, want: np.ndarray, dtype: str, error: float) -> None:
     """Every segment at its own scale, every number within half a step of it, beside an `error` of what was rounded."""
-    count = want.shape[-1]
+    count, coded, numbers = want.shape[-1], CODED[dtype], decoded(rows)
     length = max(1, -(-count // 4))
     for segment in range(4):
         mine = slice(segment * length, min((segment + 1) * length, count))
-        step = 2.0 ** (rows[..., count + segment, None].astype(np.float64) / 8)
-        # The least step that will do, or one an eighth of an octave away where rounding decides.
-        least = np.abs(want[..., mine]).max(-1, initial=0.0, keepdims=True) / 127
+        scale = 2.0 ** ((rows[..., count + segment, None].astype(np.float64) - coded.zero) / 8)
+        # The least scale that will do, or one an eighth of an octave away where rounding decides.
+        least = np.abs(want[..., mine]).max(-1, initial=0.0, keepdims=True) / coded.largest
         seen = least > 2.0**-16
-        assert (step >= least * 2 ** (-1 / 8) - error)[seen].all()
-        assert (step <= least * 2 ** (2 / 8) + error)[seen].all()
-        off = np.abs(rows[..., mine] * step - want[..., mine])
-        assert (off <= step * 0.5001 + error).all()
+        assert (scale >= least * 2 ** (-1 / 8) - error)[seen].all()
+        assert (scale <= least * 2 ** (2 / 8) + error)[seen].all()
+        half = scale / 2 if dtype == "int8" else np.maximum(np.abs(want[..., mine]) / 16, scale * 2.0**-10)
+        assert (np.abs(numbers[..., mine] - want[..., mine]) <= half * 1.0002 + error).all()
 
 
 def check(drawn: Drawn, outputs: list[np.ndarray], error: float) -> None:
@@ -384,11 +385,11 @@ def check(drawn: Drawn, outputs: list[np.ndarray], error: float) -> None:
         assert part.dtype == (DTYPES | STORED)[dtype]
         assert part.shape[2] == c.total + (c.spare if c.shared else 0)
         left = part[:, :, c.total :].astype(np.float64)
-        assert ((left == unwritten(dtype)) | (np.isnan(left) & (dtype != "int8"))).all()
+        assert ((left == unwritten(dtype)) | (np.isnan(left) & (dtype not in CODED))).all()
         live.append(as_numbers(part[:, 0, : c.total]))
         error_of = (STORING[c.dtype] + FLOAT32_ERROR) * np.abs(want).max(initial=1)
-        if dtype == "int8":
-            check_codes(part[:, 0, : c.total], want, error_of)
+        if dtype in CODED:
+            check_codes(part[:, 0, : c.total], want, dtype, error_of)
         else:
             atol = STORING[dtype] * np.abs(want).max(initial=1) + error_of
             np.testing.assert_allclose(live[-1], want, rtol=0, atol=atol)

@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from mla_pass.fold import LatentWeights, Recipe, fold, prepare
 from mla_pass.onnx.body import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, Body, Variant, node_attributes
 from mla_pass.reference import attend, rows
+from mla_pass.storage import STORED
 from tests.test_fold import Case, D, G, H, V, rope_of
 
 MAX_POSITIONS = 256
@@ -42,7 +43,7 @@ def build(
     kinds = dict.fromkeys(INPUTS, kind) | dict.fromkeys(("cos", "sin"), ir.DataType.FLOAT)
     kinds |= dict.fromkeys(("position_ids", "total_length", "padding_mask"), ir.DataType.INT64)
     for part, dtype in (("latent", variant.latent_dtype), ("rope", variant.rope_dtype)):
-        kinds[part] = kinds[f"past_{part}"] = kind if dtype == "same" else ir.DataType[dtype.upper()]
+        kinds[part] = kinds[f"past_{part}"] = kind if dtype == "same" else ir.DataType.from_numpy(STORED[dtype])
     absent = {"padding_mask": not variant.padding, "attention_bias": not variant.bias}
     absent |= {
         "query_map": not variant.query_map,

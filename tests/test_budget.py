@@ -134,7 +134,7 @@ def test_more_arithmetic_loses_less() -> None:
 
 
 @pytest.mark.parametrize("layers", ["loss", "even"])
-@pytest.mark.parametrize("dtypes", [("int8", "auto"), ("float16", "auto"), ("int8", "int8"), ("same", "float16")])
+@pytest.mark.parametrize("dtypes", [("int8", "auto"), ("float16", "auto"), ("float8", "float8"), ("same", "float16")])
 def test_a_budget_is_in_bytes(layers: str, dtypes: tuple[str, str]) -> None:
     config = MlaConfig(metric_mix=0.1, budget=0.25, layers=layers, cache_dtype=dtypes[0], rope_dtype=dtypes[1])
     row = row_format("float32", config)
@@ -146,7 +146,8 @@ def test_a_budget_is_in_bytes(layers: str, dtypes: tuple[str, str]) -> None:
 
 
 def test_the_rank_that_bytes_hold() -> None:
-    for model, cache, rope in (("float32", "int8", "auto"), ("float16", "int8", "int8"), ("bfloat16", "same", "auto")):
+    types = (("float32", "int8", "auto"), ("float16", "float8", "int8"), ("bfloat16", "same", "auto"))
+    for model, cache, rope in types:
         row = row_format(model, MlaConfig(cache_dtype=cache, rope_dtype=rope))
         for room in range(40, 90):
             rank = row.rank_within(room, 4)
@@ -159,6 +160,7 @@ def test_the_rank_that_bytes_hold() -> None:
         ("float32", "same", "auto", FLOATS),
         ("float32", "int8", "auto", RowFormat("float32", "int8", "float16")),
         ("bfloat16", "int8", "auto", RowFormat("bfloat16", "int8", "bfloat16")),
+        ("float32", "float8", "auto", RowFormat("float32", "float8", "float16")),
         ("float32", "float16", "auto", RowFormat("float32", "float16", "float16")),
         ("float16", "int8", "same", RowFormat("float16", "int8", "float16")),
     ],

@@ -19,6 +19,7 @@ from mla_pass import MlaConfig, MlaPassError
 from mla_pass.fold import fold
 from mla_pass.onnx.emit import Emitter
 from mla_pass.onnx.session import Decoder, ModelSession
+from mla_pass.storage import CODED
 from tests.families import FAMILIES, VOCAB, exported
 from tests.limits import file_size_limit
 from tests.native_cases import needs_library
@@ -105,8 +106,9 @@ def test_full_size_in_every_form(family: str, config: dict, converted) -> None:
     check_equal(exported(family), converted(family, budget=1.0, **config))
 
 
-# Of the largest logit: random models spread 8 bits of every row, half a step of which is 1/232, over few channels.
-STORED = {"float16": 3e-3, "bfloat16": 2e-2, "int8": 3e-2}
+# Of the largest logit: random models spread 8 bits of every row, half a step of which is 1/232 of its largest number,
+# or 1/16 of each, over few channels.
+STORED = {"float16": 3e-3, "bfloat16": 2e-2, "int8": 3e-2, "float8": 1e-1}
 
 
 @needs_library
@@ -121,7 +123,7 @@ def test_full_size_in_fewer_bits(family: str, cache: str, dtype: str, converted)
     for fused in (True, False):
         session = mla_pass.session(folder, threads=1, fused=fused)
         types = {tensor.dtype.name for tensor in session.cache.tensors}
-        assert types == ({"int8", "float16"} if dtype == "int8" else {dtype})
+        assert types == ({CODED[dtype].element.name, "float16"} if dtype in CODED else {dtype})
         got = run(session, tokens, 5)
         error[fused] = np.abs(got - want[:, -5:]).max() / np.abs(want).max()
     assert 0 < max(error.values()) < STORED[dtype]
@@ -388,11 +390,12 @@ print(session.end_profiling())
 
 def test_the_report_tells_what_fewer_bits_cost(tmp_path: Path) -> None:
     errors = {}
-    for dtype in ("same", "float16", "int8"):
+    for dtype in ("same", "float16", "int8", "float8"):
         config = MlaConfig(**SMALL, budget=1.0, cache_dtype=dtype)
         report = mla_pass.convert(exported("llama"), config, calibrate=ids_file(tmp_path)).report
         errors[dtype] = max(layer.output_error for layer in report.layers)
     assert errors["same"] < 1e-9 < errors["float16"] < 1e-3 < errors["int8"] < 3e-2
+    assert errors["int8"] < errors["float8"] < 1e-1
 
 
 @needs_library

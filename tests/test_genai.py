@@ -73,8 +73,13 @@ def test_same_tokens_as_our_generator(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cache": "growing"}, {"rank": 14, "rope_dims": 4}, {"cache_dtype": "float16"}], ids=str
-)
+    "options",
+    [
+        {}, {"cache": "growing"}, {"rank": 14, "rope_dims": 4},
+        {"cache_dtype": "float16"}, {"cache_dtype": "int8"}, {"cache_dtype": "float8"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_without_the_library(options: dict[str, object], tmp_path: Path) -> None:
     folder = converted(tmp_path, **options)
     assert "custom_ops_library" not in (folder / "genai_config.json").read_text()

@@ -256,18 +256,21 @@ class TestBadInput:
             run_session(open_model(model), feeds)
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
-    def test_a_number_that_8_bits_cannot_hold(self, bad: float) -> None:
-        drawn = Drawn(Case(latent="int8", padding=False))
+    @pytest.mark.parametrize("dtype", ["int8", "float8"])
+    def test_a_number_that_8_bits_cannot_hold(self, dtype: str, bad: float) -> None:
+        drawn = Drawn(Case(latent=dtype, padding=False))
         feeds = drawn.feeds()
         feeds["row"][0, 0, 3] = bad
         with pytest.raises(Exception, match="LatentAttention: input row holds a number that is not finite; expected"):
             run_session(open_model(drawn.model()), feeds)
 
-    def test_an_8_bit_cache_without_room_for_its_codes(self) -> None:
-        drawn = Drawn(Case(latent="int8", padding=False))
+    @pytest.mark.parametrize(("dtype", "element"), [("int8", "int8"), ("float8", "uint8")])
+    def test_an_8_bit_cache_without_room_for_its_codes(self, dtype: str, element: str) -> None:
+        drawn = Drawn(Case(latent=dtype, padding=False))
         feeds = drawn.feeds()
         feeds["past_latent"] = feeds["past_latent"][..., :-4]
-        with pytest.raises(Exception, match=r"input past_latent is int8 .*, 32\]; expected int8 \[1, 1, rows, 36\]"):
+        want = rf"input past_latent is {element} .*, 32\]; expected {element} \[1, 1, rows, 36\]"
+        with pytest.raises(Exception, match=want):
             run_session(open_model(drawn.model()), feeds)
 
     def test_an_unknown_instruction_set(self, drawn: Drawn) -> None:

@@ -84,6 +84,8 @@ Element element_of(int type) {
       return {Storage::bfloat16, 2};
     case Type::int8:
       return {Storage::int8, 1};
+    case Type::uint8:
+      return {Storage::float8, 1};
     default:
       return {Storage::float32, 4};
   }
@@ -111,17 +113,38 @@ void narrow_all(Index count, const Number& number, void* to) {
   for (Index i = 0; i < count; ++i) scalar::narrow(number(i), static_cast<S*>(to) + i);
 }
 
-// The least code whose step holds `top` within kLargestWhole, so far as there are codes.
-int code_of(float top) {
+// The least code whose step holds `top` within `largest`, so far as there are codes.
+int least_code(float top, float largest) {
   if (!(top > 0)) return -128;
-  const double exact = std::ceil(kOctave * std::log2(static_cast<double>(top) / kLargestWhole));
+  const double exact = std::ceil(kOctave * std::log2(static_cast<double>(top) / static_cast<double>(largest)));
   return static_cast<int>(std::clamp(exact, -128.0, 127.0));
 }
 
-template <class Number>
-void pack(Index count, const Number& number, std::int8_t* to) {
+// What a row of eight bits is made of: the nearest q, ties to even, and codes.
+struct Whole {
+  using Stored = std::int8_t;
+  static constexpr float largest = kLargestWhole;
+  static Stored nearest(float q) { return static_cast<Stored>(std::nearbyint(q)); }
+  static Stored code(int c) { return static_cast<Stored>(c); }
+};
+
+struct Small {
+  using Stored = Float8;
+  static constexpr float largest = kLargestFloat8;
+  // A magnitude in [2^e, 2^(e + 1)) lies m steps of 2^(e - 3) from zero, m in [8, 16], and has the bits 8 (e + 6) + m;
+  // so do all below 2^-6, with e = -6.
+  static Stored nearest(float q) {
+    const float magnitude = std::abs(q);
+    const int e = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
+    const int bits = 8 * (e + 6) + static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - e)));
+    return {static_cast<std::uint8_t>(bits | (std::signbit(q) ? 0x80 : 0))};
+  }
+  static Stored code(int c) { return {static_cast<std::uint8_t>(c + 128)}; }
+};
+
+template <class As, class Number>
+void pack(Index count, const Number& number, typename As::Stored* to) {
   const Index length = ceil_div(count, kSegments);
-  constexpr float most = kLargestWhole;
   for (Index segment = 0; segment < kSegments; ++segment) {
     const Index begin = std::min(segment * length, count), end = std::min(begin + length, count);
     float top = 0;
@@ -133,13 +156,12 @@ void pack(Index count, const Number& number, std::int8_t* to) {
       }
       top = std::max(top, std::abs(x));
     }
-    const int code = code_of(top);
+    const int code = least_code(top, As::largest);
     const float inverse = 1.0f / scalar::step_of(code);
     for (Index i = begin; i < end; ++i) {
-      const float whole = std::nearbyint(number(i) * inverse);
-      to[i] = static_cast<std::int8_t>(std::clamp(whole, -most, most));
+      to[i] = As::nearest(std::clamp(number(i) * inverse, -As::largest, As::largest));
     }
-    to[count + segment] = static_cast<std::int8_t>(code);
+    to[count + segment] = As::code(code);
   }
 }
 
@@ -156,7 +178,9 @@ void put(const Stored& present, Index row, const Number& number) {
     case Storage::bfloat16:
       return narrow_all<Bfloat>(count, number, static_cast<Bfloat*>(data) + at);
     case Storage::int8:
-      return pack(count, number, static_cast<std::int8_t*>(data) + at);
+      return pack<Whole>(count, number, static_cast<std::int8_t*>(data) + at);
+    case Storage::float8:
+      return pack<Small>(count, number, static_cast<Float8*>(data) + at);
   }
 }
 
@@ -345,14 +369,14 @@ void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s
 // Whether all latents are stored as what a matrix unit takes, and there are scores to make of them.
 template <class T>
 bool takes_tiles(const Problem<T>& p) {
-  const auto exact = [&](int part) { return p.part[part].as == Storage::bfloat16 || p.part[part].as == Storage::int8; };
+  const auto exact = [&](int part) { return p.part[part].as == Storage::bfloat16 || has_codes(p.part[part].as); };
   const Sizes& size = p.size;
   return size.nope_dim > 0 && (size.split == 0 || exact(0)) && (size.split >= size.rank || exact(1));
 }
 
 template <class T>
 TileScratch lay_tiles(const Problem<T>& p, Index rows, Index fine_rows, Carver& carver) {
-  const bool runs = p.part[0].as == Storage::int8 || p.part[1].as == Storage::int8;
+  const bool runs = has_codes(p.part[0].as) || has_codes(p.part[1].as);
   const Index columns = (ceil_div(p.size.rank + p.size.rope_dim, kTileDepth) + (runs ? kMostRuns : 3)) * kTileDepth;
   TileScratch s{};
   s.rows = carver.take<std::uint16_t>(kChunk * columns);

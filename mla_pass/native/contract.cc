@@ -18,7 +18,9 @@ Kind kind_of(int input) {
   return input == kPositionIds || input == kTotalLength || input == kPaddingMask ? Kind::int64 : Kind::model;
 }
 
-Index stored_width(Index numbers, Type type) { return type == Type::int8 ? numbers + kSegments : numbers; }
+Index stored_width(Index numbers, Type type) {
+  return type == Type::int8 || type == Type::uint8 ? numbers + kSegments : numbers;
+}
 
 namespace {
 
@@ -120,6 +122,8 @@ std::string type_name(int type) {
       return "float32";
     case Type::int8:
       return "int8";
+    case Type::uint8:
+      return "uint8";
     case Type::int64:
       return "int64";
     case Type::float16:
@@ -166,7 +170,7 @@ class Checker {
       case Kind::int64:
         return Type::int64;
       case Kind::stored:
-        for (const Type type : {Type::float16, Type::bfloat16, Type::int8}) {
+        for (const Type type : {Type::float16, Type::bfloat16, Type::int8, Type::uint8}) {
           if (inputs_[input].type == static_cast<int>(type)) return type;
         }
         return model_;
@@ -194,7 +198,7 @@ class Checker {
     throw Refused("input " + std::string(kInputNames[input]) + " is " +
                   (tensor.given ? type_name(tensor.type) + " " + shape_of(tensor) : std::string("absent")) +
                   "; expected " + type_name(static_cast<int>(type)) + " " + shape_of(dims) +
-                  (kind_of(input) == Kind::stored ? ", or of float16, bfloat16 or int8 with 4 codes a row" : ""));
+                  (kind_of(input) == Kind::stored ? ", or of float16, bfloat16, int8 or uint8 (float8), the last two with 4 codes a row" : ""));
   }
 
   // As shape, where the input is there.

@@ -18,7 +18,7 @@ class Refused : public std::runtime_error {
 };
 
 // Element types by ONNX's numbers.
-enum class Type : int { float32 = 1, int8 = 3, int64 = 7, float16 = 10, bfloat16 = 16 };
+enum class Type : int { float32 = 1, uint8 = 2, int8 = 3, int64 = 7, float16 = 10, bfloat16 = 16 };
 
 template <class T>
 constexpr Type type_of();

@@ -52,6 +52,19 @@ inline void widen(const T* from, float* to, Index count) {
   for (; i < count; ++i) to[i] = to_float(from[i]);
 }
 
+// The numbers of one row of eight bits.
+template <class T>
+inline void unpack_coded(const T* row, float* to, Index numbers) {
+  const Index length = (numbers + kSegments - 1) / kSegments;
+  for (Index segment = 0; segment < kSegments; ++segment) {
+    const float step = step_of(code_of(row + numbers + segment));
+    Index i = least(segment * length, numbers);
+    const Index end = least(i + length, numbers);
+    for (; i + Vec::width <= end; i += Vec::width) store(to + i, mul(splat(step), load(row + i)));
+    for (; i < end; ++i) to[i] = step * to_float(row[i]);
+  }
+}
+
 // The numbers of one stored row.
 inline void unpack(const Stored& from, Index row, float* to) {
   switch (from.as) {
@@ -62,16 +75,9 @@ inline void unpack(const Stored& from, Index row, float* to) {
     case Storage::bfloat16:
       return widen(static_cast<const Bfloat*>(from.data) + row * from.width, to, from.numbers);
     case Storage::int8:
-      break;
-  }
-  const std::int8_t* whole = static_cast<const std::int8_t*>(from.data) + row * from.width;
-  const Index length = (from.numbers + kSegments - 1) / kSegments;
-  for (Index segment = 0; segment < kSegments; ++segment) {
-    const float step = step_of(whole[from.numbers + segment]);
-    Index i = least(segment * length, from.numbers);
-    const Index end = least(i + length, from.numbers);
-    for (; i + Vec::width <= end; i += Vec::width) store(to + i, mul(splat(step), load(whole + i)));
-    for (; i < end; ++i) to[i] = step * to_float(whole[i]);
+      return unpack_coded(static_cast<const std::int8_t*>(from.data) + row * from.width, to, from.numbers);
+    case Storage::float8:
+      return unpack_coded(static_cast<const Float8*>(from.data) + row * from.width, to, from.numbers);
   }
 }
 

@@ -8,6 +8,15 @@ namespace mla_pass::MLA_PASS_ISA {
 inline float to_float(float x) { return x; }
 inline float to_float(std::int8_t x) { return static_cast<float>(x); }
 
+// Without subnormals on the way, which a thread may be set to take for zeros.
+inline float to_float(Float8 x) {
+  const std::uint32_t magnitude = x.bits & 0x7fu, bits = (magnitude << 20) + (120u << 23);
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  if (magnitude < 8) out = static_cast<float>(magnitude) * 0x1p-9f;
+  return x.bits & 0x80u ? -out : out;
+}
+
 // 2^(code / kOctave) of codes from -128 to 127.
 inline float step_of(int code) {
   constexpr float part[kOctave] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,

@@ -264,7 +264,7 @@ Op make_op(Type model, Type latent, Type rope) {
 std::vector<Op> make_ops() {
   std::vector<Op> ops;
   for (const Type model : {Type::float32, Type::float16, Type::bfloat16}) {
-    std::vector<Type> stored = {Type::float16, Type::bfloat16, Type::int8};
+    std::vector<Type> stored = {Type::float16, Type::bfloat16, Type::int8, Type::uint8};
     if (model == Type::float32) stored.push_back(model);
     for (const Type latent : stored) {
       for (const Type rope : stored) ops.push_back(make_op(model, latent, rope));

@@ -22,13 +22,24 @@ struct Bfloat {
   std::uint16_t bits;
 };
 
-// How the numbers of a cached row are stored: as float32, 16 bits, or int8 in kSegments segments of equal length (the
-// last ones shorter), whose codes c follow the row's numbers: x = q * 2^(c / kOctave), |q| <= kLargestWhole. See
-// mla_pass/storage.py.
-enum class Storage { float32, float16, bfloat16, int8 };
+// A float8 E4M3 number of at most 448: what a cache of uint8 holds.
+struct Float8 {
+  std::uint8_t bits;
+};
+
+// How the numbers of a cached row are stored: as float32, 16 bits, or 8 bits in kSegments segments of equal length (the
+// last ones shorter), whose codes c follow the row's numbers: x = q * 2^(c / kOctave). See mla_pass/storage.py.
+enum class Storage { float32, float16, bfloat16, int8, float8 };
 constexpr Index kSegments = 4;
 constexpr int kOctave = 8;
-constexpr int kLargestWhole = 127;
+// Of a q.
+constexpr float kLargestWhole = 127, kLargestFloat8 = 448;
+
+inline bool has_codes(Storage as) { return as == Storage::int8 || as == Storage::float8; }
+
+// Codes, as rows of either element type hold them.
+inline int code_of(const std::int8_t* stored) { return *stored; }
+inline int code_of(const Float8* stored) { return stored->bits - 128; }
 
 // One tensor of the cache: rows of `numbers` numbers that take `width` elements each. A token's row, the latent and the
 // rope part behind it, lies in two of them: the first `split` numbers in one, the others in the other.
@@ -210,7 +221,7 @@ struct Kernels {
 
 struct Isa {
   const char* name;
-  bool tiles;  // a matrix unit meets latents stored as bfloat16 or int8
+  bool tiles;  // a matrix unit meets latents stored as bfloat16 or in 8 bits
   Kernels<float> f32;
   Kernels<Half> f16;
   Kernels<Bfloat> bf16;

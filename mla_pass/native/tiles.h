@@ -1,8 +1,8 @@
-// The absorbed form on a matrix unit, for latents that bfloat16 holds exactly: those stored as bfloat16 or int8.
+// The absorbed form on a matrix unit, for latents that bfloat16 holds exactly: those stored as bfloat16 or in 8 bits.
 //
 // A chunk of cached rows becomes two operands, each made once for all heads: `keys`, pairs of latent columns by rows,
 // and `values`, pairs of rows by latent columns. Queries, key_up and attention weights are float32 and meet them in two
-// bfloat16 terms, high and low, whose sum keeps 16 bits of each number; sums are float32. The scales of an int8 row
+// bfloat16 terms, high and low, whose sum keeps 16 bits of each number; sums are float32. The scales of a coded row
 // belong to runs of columns, so that products are made run by run and scaled as float32.
 //
 // Counted per cached row: each operand moves a number once in and once out, whatever the number of heads; a product of
@@ -143,7 +143,7 @@ class Tiles {
     for (Index i = 0; i < runs_; ++i) {
       const Run& run = run_[i];
       if (!has_values(run)) continue;
-      if (i == 0 || run.scaled || run_[i - 1].scaled || !has_values(run_[i - 1])) {
+      if (i == 0 || run.scaled() || run_[i - 1].scaled() || !has_values(run_[i - 1])) {
         split_weights(run, rows, keys, s, step);
       }
       const Index begin = greatest(run.begin, size_.value_offset), columns = run.end - begin;
@@ -160,22 +160,23 @@ class Tiles {
   // all at one scale; `place` in operands, where every run starts at whole tiles.
   struct Run {
     Index begin, end, part, from, place;
-    const std::int8_t* codes;  // the run's scale of the first row of the cache, if `scaled`
-    bool scaled;
+    Index code = -1;  // the element of a stored row that holds the run's scale, if it has one
+
+    bool scaled() const { return code >= 0; }
   };
 
   // The runs of a part that holds columns [begin, end) of the row; a part of another type holds none.
   void lay_part(Index part, Index begin, Index end) {
     const Stored& from = p_.part[part];
     const Index numbers = end - begin;
-    const bool whole = from.as == Storage::int8;
-    if (numbers == 0 || !(whole || from.as == Storage::bfloat16)) return;
-    const Index length = whole ? (numbers + kSegments - 1) / kSegments : numbers;
+    const bool coded = has_codes(from.as);
+    if (numbers == 0 || !(coded || from.as == Storage::bfloat16)) return;
+    const Index length = coded ? (numbers + kSegments - 1) / kSegments : numbers;
     for (Index at = begin, segment = 0; at < end; at += length, ++segment) {
-      const std::int8_t* codes = whole ? static_cast<const std::int8_t*>(from.data) + numbers + segment : nullptr;
       const Index stop = least(at + length, end), middle = least(greatest(at, size_.rank), stop);
-      add_run({at, middle, part, at - begin, 0, codes, whole});
-      add_run({middle, stop, part, middle - begin, 0, codes, whole});
+      const Index code = coded ? numbers + segment : -1;
+      add_run({at, middle, part, at - begin, 0, code});
+      add_run({middle, stop, part, middle - begin, 0, code});
     }
   }
 
@@ -195,23 +196,35 @@ class Tiles {
   bool has_values(const Run& run) const { return run.begin < size_.rank && run.end > size_.value_offset; }
 
   void read_run(const Run& run, Index row, Index key, bool there) {
-    std::uint16_t* to = scratch_.rows + key * columns_ + run.place;
     const Stored& from = p_.part[run.part];
-    const Index length = there ? run.end - run.begin : 0, at = row * from.width + run.from;
+    if (from.as == Storage::int8) return read_coded(run, static_cast<const std::int8_t*>(from.data), row, key, there);
+    if (from.as == Storage::float8) return read_coded(run, static_cast<const Float8*>(from.data), row, key, there);
+    const Bfloat* numbers = static_cast<const Bfloat*>(from.data) + row * from.width + run.from;
+    std::uint16_t* to = scratch_.rows + key * columns_ + run.place;
+    const Index length = there ? run.end - run.begin : 0;
     for (Index c = 0; c < rounded_up(run.end - run.begin, kTileDepth); c += 32) {
-      const __mmask32 lanes = length - c >= 32 ? ~0u : length > c ? (1u << (length - c)) - 1u : 0u;
-      __m512i x;
-      if (run.scaled) {  // whole numbers up to 127 are exact
-        const __m256i q = _mm256_maskz_loadu_epi8(lanes, static_cast<const std::int8_t*>(from.data) + at + c);
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)));
-        x = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-      } else {
-        x = _mm512_maskz_loadu_epi16(lanes, static_cast<const Bfloat*>(from.data) + at + c);
-      }
-      _mm512_storeu_si512(to + c, x);
+      _mm512_storeu_si512(to + c, _mm512_maskz_loadu_epi16(first_of(length, c), numbers + c));
     }
-    if (run.scaled) scale_at(run)[key] = there ? step_of(run.codes[row * from.width]) : 0.0f;
+  }
+
+  // Whole numbers up to 127 are exact in bfloat16, and so is every float8.
+  template <class Q>
+  void read_coded(const Run& run, const Q* data, Index row, Index key, bool there) {
+    const Q* stored = data + row * p_.part[run.part].width;
+    const Q* numbers = stored + run.from;
+    std::uint16_t* to = scratch_.rows + key * columns_ + run.place;
+    const Index length = there ? run.end - run.begin : 0;
+    for (Index c = 0; c < rounded_up(run.end - run.begin, kTileDepth); c += 32) {
+      const __m256i q = _mm256_maskz_loadu_epi8(first_of(length, c), numbers + c);
+      const Vec low = widened(_mm256_castsi256_si128(q), Q{}), high = widened(_mm256_extracti128_si256(q, 1), Q{});
+      _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(high.x, low.x));
+    }
+    scale_at(run)[key] = there ? step_of(code_of(stored + run.code)) : 0.0f;
+  }
+
+  // Of the 32 lanes from c on, those below `length`.
+  static __mmask32 first_of(Index length, Index c) {
+    return length - c >= 32 ? ~0u : length > c ? (1u << (length - c)) - 1u : 0u;
   }
 
   float* scale_at(const Run& run) const { return scratch_.scales + (&run - run_) * kKeysStep; }
@@ -317,7 +330,7 @@ class Tiles {
       const Run& run = run_[i];
       const Index length = key_columns(run, x.rope);
       if (length == 0) continue;
-      if (waiting && run.scaled) finish(Run{});  // what came before has no scale
+      if (waiting && run.scaled()) finish(Run{});  // what came before has no scale
       for (Index c = 0; c < length; c += kTileDepth) {
         const Index at = row * x.step + run.place + c;
         _tile_loadd(4, x.high + at, x.step * 2);
@@ -325,14 +338,14 @@ class Tiles {
         Few::add(scratch_.keys + (run.place + c) / 2 * kKeysStep + column);
       }
       waiting = true;
-      if (run.scaled) finish(run);
+      if (run.scaled()) finish(run);
     }
     if (waiting) finish(Run{});
   }
 
   // A tile of results to s, or added to it, times the scales of its keys.
   void take(const float* found, Index height, const Run& run, Index column, bool fresh, float* s, Index step) const {
-    const __m512 scale = run.scaled ? _mm512_loadu_ps(scale_at(run) + column) : _mm512_set1_ps(1.0f);
+    const __m512 scale = run.scaled() ? _mm512_loadu_ps(scale_at(run) + column) : _mm512_set1_ps(1.0f);
     for (Index row = 0; row < height; ++row, s += step) {
       const __m512 y = _mm512_mul_ps(_mm512_load_ps(found + row * kTileSide), scale);
       _mm512_storeu_ps(s, fresh ? y : _mm512_add_ps(y, _mm512_loadu_ps(s)));
@@ -346,7 +359,7 @@ class Tiles {
       for (Index key = 0; key < kChunk; key += 16) {
         const __mmask16 there = keys - key >= 16 ? 0xffff : keys > key ? first_lanes(keys - key) : 0;
         __m512 x = _mm512_maskz_loadu_ps(there, s + row * step + key);
-        if (run.scaled) x = _mm512_mul_ps(x, _mm512_loadu_ps(scale_at(run) + key));
+        if (run.scaled()) x = _mm512_mul_ps(x, _mm512_loadu_ps(scale_at(run) + key));
         split(x, high + row * kChunk + key, low + row * kChunk + key);
       }
     }

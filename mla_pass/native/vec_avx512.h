@@ -18,8 +18,14 @@ constexpr Index kSumRows = 8;
 
 inline Vec widened(__m256i bits, Half) { return {_mm512_cvtph_ps(bits)}; }
 
-inline Vec load(const std::int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+inline Vec widened(__m128i whole, std::int8_t) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(whole))}; }
+
+// Float8 numbers, their bits moved to where a half has them: 2^8 too small, subnormals too.
+inline Vec widened(__m128i numbers, Float8) {
+  const __m256i bits = _mm256_cvtepu8_epi16(numbers);
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x80)), 8);
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7f)), 7);
+  return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)), _mm512_set1_ps(0x1p8f))};
 }
 
 inline Vec widened(__m256i bits, Bfloat) {
@@ -38,6 +44,9 @@ inline Vec load(const T* p) {
 }
 
 inline Vec load_first(const float* p, Index count) { return {_mm512_maskz_loadu_ps(first_lanes(count), p)}; }
+
+inline Vec load(const std::int8_t* p) { return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), *p); }
+inline Vec load(const Float8* p) { return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), *p); }
 
 template <class T>
 inline Vec load_first(const T* p, Index count) {

@@ -9,7 +9,7 @@ key_rank columns of the latent, values the last w = rank - value_offset.
 Inputs
     query [B, S, H*D], or [B, S, H*(n+p)] per head [un-rotated, rope] without query_map; without key_up n = k
     row [B, S, r+p]          new rows [latent, rope real parts, rope imaginary parts], not yet rotated
-    past_latent [B, 1, C, r], past_rope [B, 1, C, p]: of the model's type, of 16 bits, or int8 with four codes behind
+    past_latent [B, 1, C, r], past_rope [B, 1, C, p]: of the model's type, of 16 bits, or of 8 with four codes behind
         each row (mla_pass.storage). A row [latent, rotated rope part] is cut at column `split`, which is r but where a
         runtime asks for something else: then [B, 1, C, split] and [B, 1, C, r+p-split]
     cos, sin [max, R/2]      float32 table of every frequency of the site's rope
@@ -44,7 +44,7 @@ import onnx_ir as ir
 from mla_pass.fold.arithmetic import band_flops
 from mla_pass.fold.bands import levels_of
 from mla_pass.onnx.ops import Ops
-from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_length, segment_of
+from mla_pass.storage import CODED, OCTAVE, SEGMENTS, float8_numbers, segment_length, segment_of
 
 DOMAIN = "mla_pass"
 OP_TYPE = "LatentAttention"
@@ -90,7 +90,7 @@ class Variant:
     shared_buffer: bool
     latent_dtype: str
     rope_dtype: str
-    """What the two parts of a row are stored as: `same` as the model, float16, bfloat16 or int8."""
+    """What the two parts of a row are stored as: `same` as the model, float16, bfloat16, int8 or float8."""
     split: int
     """Numbers of a row in the first part: the rank, unless the two tensors do not tell latent from rope."""
 
@@ -262,31 +262,54 @@ class Body:
         o = self.o
         if dtype == "same":
             return x
-        if dtype != "int8":
+        if dtype not in CODED:
             return o("CastLike", x, past)
-        length = segment_length(width)
+        length, coded = segment_length(width), CODED[dtype]
         x = o("Cast", x, to=ir.DataType.FLOAT)
         padded = o("Pad", x, o.ints(0, SEGMENTS * length - width), None, o.ints(3))
         parts = o.reshape(padded, 0, 0, 0, SEGMENTS, length)
         top = o("ReduceMax", o("Abs", parts), o.ints(4), keepdims=0)  # [B, 1, S, 4]
         # A segment of zeros has the logarithm -inf, and gets the least code.
-        code = o("Mul", o("Log", o("Div", top, o.floats(LARGEST))), o.floats(OCTAVE / np.log(2)))
+        code = o("Mul", o("Log", o("Div", top, o.floats(coded.largest))), o.floats(OCTAVE / np.log(2)))
         code = o("Clip", o("Ceil", code), o.floats(-128), o.floats(127))
-        whole = o("Round", o("Div", parts, o.unsqueeze(self.step(code), 4)))
-        whole = o.reshape(o("Clip", whole, o.floats(-LARGEST), o.floats(LARGEST)), 0, 0, 0, SEGMENTS * length)
-        return o("Cast", o("Concat", o.cut(whole, 0, width, 3), code, axis=3), to=ir.DataType.INT8)
+        q = o("Div", parts, o.unsqueeze(self.step(code), 4))
+        q = o("Clip", q, o.floats(-coded.largest), o.floats(coded.largest))
+        whole = o.reshape(self.float8_bits(q) if dtype == "float8" else o("Round", q), 0, 0, 0, SEGMENTS * length)
+        row = o("Concat", o.cut(whole, 0, width, 3), o("Add", code, o.floats(coded.zero)), axis=3)
+        return o("Cast", row, to=ir.DataType.from_numpy(coded.element))
+
+    def float8_bits(self, q: ir.Value) -> ir.Value:
+        """The bits, as floats, of the float8 E4M3 nearest to each q of at most 448.
+
+        A number in [2^e, 2^(e + 1)) lies m steps of 2^(e - 3) from zero, m in [8, 16], and has the bits 8 (e + 6) + m;
+        so do all below 2^-6, with e = -6. A logarithm that just misses a whole number does no harm: there the steps of
+        both sides meet.
+        """
+        o = self.o
+        size = o("Abs", q)
+        binade = o("Floor", o("Mul", o("Log", size), o.floats(1 / np.log(2))))
+        binade = o("Add", o("Clip", binade, o.floats(-6), o.floats(8)), o.floats(6))  # e + 6, of log 0 too
+        steps = o("Gather", o.floats(2.0 ** (9 - np.arange(15))), o("Cast", binade, to=ir.DataType.INT64))
+        bits = o("Add", o("Mul", binade, o.floats(8)), o("Round", o("Mul", size, steps)))
+        negative = o("Cast", o("Less", q, o.floats(0)), to=ir.DataType.FLOAT)
+        return o("Add", bits, o("Mul", negative, o.floats(128)))
 
     def unpacked(self, rows: ir.Value, width: int, dtype: str) -> ir.Value:
         """The numbers [B, 1, T, width] of stored rows, in the model's type; as `mla_pass.storage.decoded`."""
         o = self.o
         if dtype == "same":
             return rows
-        if dtype != "int8":
+        if dtype not in CODED:
             return o("CastLike", rows, self.inputs["query"])
         code = o("Cast", o.cut(rows, width, width + SEGMENTS, 3), to=ir.DataType.FLOAT)
+        code = o("Sub", code, o.floats(CODED[dtype].zero))
         scale = o("Gather", self.step(code), o.ints(*segment_of(width).tolist()), axis=3)
-        whole = o("Cast", o.cut(rows, 0, width, 3), to=ir.DataType.FLOAT)
-        return o("CastLike", o("Mul", whole, scale), self.inputs["query"])
+        q = o.cut(rows, 0, width, 3)
+        if dtype == "float8":
+            q = o("Gather", o.floats(float8_numbers()), o("Cast", q, to=ir.DataType.INT32))
+        else:
+            q = o("Cast", q, to=ir.DataType.FLOAT)
+        return o("CastLike", o("Mul", q, scale), self.inputs["query"])
 
     def step(self, code: ir.Value) -> ir.Value:
         """2^(code / 8), float32."""

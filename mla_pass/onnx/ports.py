@@ -3,7 +3,7 @@
 From the graph's inputs and outputs alone:
 
 - integer inputs are tokens: ``input_ids`` [B, S], ``attention_mask`` [B, T], ``position_ids`` [B, S];
-- inputs of rank 4, [B, heads, rows, width], of floats or int8, are the cache; so are the outputs of that kind;
+- inputs of rank 4, [B, heads, rows, width], of floats or 8 bits, are the cache; so are the outputs of that kind;
 - the output left over is the logits [B, S, vocab].
 
 Cache inputs pair with cache outputs by what follows the first dot of their names where that is one to one
@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mla_pass.errors import MlaPassError
+from mla_pass.storage import CODED
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -33,12 +34,12 @@ FLOATS: dict[str, np.dtype] = {
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
     "tensor(double)": np.dtype(np.float64),
 }
-CACHED = FLOATS | {"tensor(int8)": np.dtype(np.int8)}
+CACHED = FLOATS | {f"tensor({coded.element.name})": coded.element for coded in CODED.values()}
 INTEGERS: dict[str, np.dtype] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 _PORT_TYPES = {
     ir.DataType.FLOAT: "float", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.DOUBLE: "double", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32",
-    ir.DataType.INT8: "int8",
+    ir.DataType.INT8: "int8", ir.DataType.UINT8: "uint8",
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def read_ports(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[CacheSpec
         if port.name not in TOKEN_INPUTS or port.type not in INTEGERS:
             raise MlaPassError(
                 f"graph input {port.name} is {port.type} {port.shape}; expected integers named one of "
-                f"{', '.join(TOKEN_INPUTS)} or a cache of floats or int8 [batch, heads, rows, width]; export the model "
+                f"{', '.join(TOKEN_INPUTS)} or a cache of floats or 8 bits [batch, heads, rows, width]; export the model "
                 "with mla-pass export"
             )
     logits = [port for port in outputs if port not in presents]

@@ -163,18 +163,17 @@ class TorchGraph:
         pasts = {
             tensor.past: torch.zeros(
                 (batch, tensor.heads, length if tensor.kind == "shared" else 0, tensor.width),
-                dtype=torch.int8 if tensor.dtype == np.int8 else self.dtype, device=ids.device,
+                dtype=_EIGHT_BITS.get(tensor.dtype, self.dtype), device=ids.device,
             )
             for tensor in self.cache.tensors
         }  # fmt: skip
         return {
-            value: tokens[str(value.name)]
-            if value.name in tokens
-            else pasts[str(value.name)]
-            for value in self._inputs
+            value: tokens[str(value.name)] if value.name in tokens else pasts[str(value.name)] for value in self._inputs
         }
 
 
+_EIGHT_BITS = {np.dtype(np.int8): torch.int8, np.dtype(np.uint8): torch.uint8}
+"""Element types of a cache that do not follow the view's own."""
 _FIRST_ONLY = {"Reshape", "Expand", "Slice", "Split", "Squeeze", "Unsqueeze", "TopK", "CumSum"}
 """Operators whose operands beyond the first are sizes and places, which Python reads."""
 

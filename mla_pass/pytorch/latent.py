@@ -14,7 +14,10 @@ from torch import Tensor
 
 from mla_pass.onnx.body import INPUTS
 from mla_pass.pytorch.attention import attend
-from mla_pass.storage import LARGEST, OCTAVE, SEGMENTS, segment_length, segment_of
+from mla_pass.storage import CODED, OCTAVE, SEGMENTS, segment_length, segment_of
+
+_CODED = {torch.int8: "int8", torch.uint8: "float8"}
+"""Names in `mla_pass.storage` of what eight-bit tensors hold."""
 
 
 def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -60,10 +63,10 @@ class _Node:
         past = self.given[name]
         before = past[:, :, : self.total - self.new]
         after = past[:, :, self.total :] if self.a["shared_buffer"] else past[:, :, :0]
-        if past.dtype != torch.int8:
+        if past.dtype.is_floating_point:
             present = torch.cat([before, new, after], 2)
             return present[:, :, : self.total], present
-        rows = encoded(new.detach())
+        rows = encoded(new.detach(), past.dtype)
         seen = new + (decoded(rows, new.dtype) - new).detach()
         return torch.cat([decoded(before, new.dtype), seen], 2), torch.cat([before, rows, after], 2)
 
@@ -149,18 +152,20 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(turned(re, im, cos, sin), -1) if x.shape[-1] else x
 
 
-def encoded(x: Tensor) -> Tensor:
-    """Eight-bit rows [..., n + 4] of numbers [..., n]; see `mla_pass.storage.encoded`."""
-    n = x.shape[-1]
+def encoded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eight-bit rows [..., n + 4] of numbers [..., n], int8 or uint8; see `mla_pass.storage.encoded`."""
+    n, coded = x.shape[-1], CODED[_CODED[dtype]]
     length = segment_length(n)
     parts = torch.nn.functional.pad(x, (0, SEGMENTS * length - n)).unflatten(-1, (SEGMENTS, length))
-    code = torch.ceil(OCTAVE * torch.log2(parts.abs().amax(-1) / LARGEST)).clamp(-128, 127)
-    whole = torch.round(parts / torch.exp2(code / OCTAVE)[..., None]).clamp(-LARGEST, LARGEST)
-    return torch.cat([whole.flatten(-2)[..., :n], code], -1).to(torch.int8)
+    code = torch.ceil(OCTAVE * torch.log2(parts.abs().amax(-1) / coded.largest)).clamp(-128, 127)
+    q = (parts / torch.exp2(code / OCTAVE)[..., None]).clamp(-coded.largest, coded.largest).flatten(-2)[..., :n]
+    bits = q.to(torch.float8_e4m3fn).view(torch.uint8) if dtype == torch.uint8 else torch.round(q).to(dtype)
+    return torch.cat([bits, (code + coded.zero).to(dtype)], -1)
 
 
 def decoded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers [..., n] of eight-bit rows [..., n + 4]; see `mla_pass.storage.decoded`."""
     n = rows.shape[-1] - SEGMENTS
-    scale = torch.exp2(rows[..., n:].to(dtype) / OCTAVE)
-    return rows[..., :n].to(dtype) * scale[..., torch.from_numpy(segment_of(n)).to(rows.device)]
+    scale = torch.exp2((rows[..., n:].to(dtype) - CODED[_CODED[rows.dtype]].zero) / OCTAVE)
+    q = rows[..., :n].contiguous().view(torch.float8_e4m3fn) if rows.dtype == torch.uint8 else rows[..., :n]
+    return q.to(dtype) * scale[..., torch.from_numpy(segment_of(n)).to(rows.device)]

@@ -72,6 +72,8 @@ struct Buffer {
       T x;
       if constexpr (std::is_integral_v<T>) {
         x = static_cast<T>(values[i]);
+      } else if constexpr (std::is_same_v<T, Float8>) {  // given as its bits
+        x.bits = static_cast<std::uint8_t>(values[i]);
       } else {
         scalar::narrow(static_cast<float>(values[i]), &x);
       }
@@ -91,6 +93,7 @@ template <class T>
 constexpr Type number_of() {
   if constexpr (std::is_same_v<T, std::int64_t>) return Type::int64;
   else if constexpr (std::is_same_v<T, std::int8_t>) return Type::int8;
+  else if constexpr (std::is_same_v<T, Float8>) return Type::uint8;
   else return type_of<T>();
 }
 
@@ -104,6 +107,8 @@ auto with_type(Type type, const Work& work) {
       return work(Bfloat{});
     case Type::int8:
       return work(std::int8_t{});
+    case Type::uint8:
+      return work(Float8{});
     default:
       return work(float{});
   }
@@ -144,7 +149,8 @@ struct Node {
     give(kRow, random, {batch, fresh, a.rank + a.rope_dim});
     for (Type& type : stored) {
       type = static_cast<Type>(random.pick({static_cast<Index>(type_of<T>()), static_cast<Index>(Type::float16),
-                                            static_cast<Index>(Type::bfloat16), static_cast<Index>(Type::int8)}));
+                                            static_cast<Index>(Type::bfloat16), static_cast<Index>(Type::int8),
+                                            static_cast<Index>(Type::uint8)}));
     }
     give_cache(kPastLatent, random, stored[0], numbers(0));
     give_cache(kPastRope, random, stored[1], numbers(1));
@@ -191,15 +197,17 @@ struct Node {
     tensor.type = static_cast<int>(number_of<U>());
   }
 
-  // Numbers of about 0.5, or whole ones and the codes of steps that make them such.
+  // Numbers of about 0.5, or those of eight bits and the codes of steps that make them such.
   void give_cache(Input input, Random& random, Type type, Index numbers) {
     const Index width = stored_width(numbers, type);
     std::vector<double> values(static_cast<std::size_t>(batch * capacity * width));
     for (std::size_t i = 0; i < values.size(); ++i) {
       const bool code = static_cast<Index>(i) % width >= numbers;
-      values[i] = code                 ? static_cast<double>(random.below(16) - 60)
-                  : type == Type::int8 ? static_cast<double>(random.below(255) - 127)
-                                       : 0.5 * random.normal();
+      const double sign = random.below(2) == 0 ? 0 : 128;
+      values[i] = code                  ? static_cast<double>(random.below(16) + (type == Type::int8 ? -60 : 56))
+                  : type == Type::int8  ? static_cast<double>(random.below(255) - 127)
+                  : type == Type::uint8 ? sign + static_cast<double>(random.below(127))
+                                        : 0.5 * random.normal();
     }
     with_type(type, [&](auto x) { put<decltype(x)>(input, values, {batch, 1, capacity, width}); });
   }
@@ -214,9 +222,10 @@ struct Node {
     const Index width = stored_width(count, stored[part]);
     const void* data = present[part].data.get();
     const double x = with_type(stored[part], [&](auto kind) { return at<decltype(kind)>(data, row * width + place); });
-    if (stored[part] != Type::int8) return x;
-    const Index segment = place / ((count + 3) / 4);
-    return x * std::exp2(at<std::int8_t>(data, row * width + count + segment) / 8);
+    if (width == count) return x;
+    const Index code = row * width + count + place / ((count + 3) / 4);
+    const auto* byte = static_cast<const std::uint8_t*>(data) + code;
+    return x * std::exp2((stored[part] == Type::int8 ? at<std::int8_t>(data, code) : *byte - 128.0) / 8);
   }
 
   void give(Input input, Random& random, std::initializer_list<Index> dims) {
@@ -384,7 +393,8 @@ void check_node(Random& random, double tolerance) {
   const Layout layout = checked(node.a);
   const Sizes size = checked(layout, node.in, type_of<T>());
   const auto sized = [](Buffer& buffer, Type type, Index count) {
-    const std::vector<double> unwritten(static_cast<std::size_t>(count), type == Type::int8 ? -128.0 : NAN);
+    const double nothing = type == Type::int8 ? -128 : type == Type::uint8 ? 0x7f : NAN;
+    const std::vector<double> unwritten(static_cast<std::size_t>(count), nothing);
     with_type(type, [&](auto x) { buffer.template fill<decltype(x)>(unwritten); });
   };
   sized(node.context, type_of<T>(), size.batch * size.fresh * size.heads * size.value_dim);
@@ -416,7 +426,7 @@ void check_refusal(Random& random) {
   Tensor& tensor = node.in[input];
   if (!tensor.given) return;
   const Index what = random.below(4);
-  if (what == 0) tensor.type = static_cast<int>(random.pick({1, 6, 7, 10, 11, 16}));
+  if (what == 0) tensor.type = static_cast<int>(random.pick({1, 2, 3, 6, 7, 10, 11, 16}));
   if (what == 1) tensor.rank = std::max<Index>(0, tensor.rank + random.pick({-1, 1}));
   if (what == 2) tensor.dims[static_cast<std::size_t>(random.below(4))] = random.pick({0, 1, 2, 1 << 20});
   if (what == 3) tensor.given = false;
