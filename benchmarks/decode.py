@@ -168,7 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4096])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["float32"])
-    parser.add_argument("--stored", nargs="+", choices=("same", "float16", "bfloat16", "int8", "float8"), default=["same"])
+    parser.add_argument(
+        "--stored", nargs="+", choices=("same", "float16", "bfloat16", "int8", "float8"), default=["same"]
+    )
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(arguments)
     loops = ceilings()

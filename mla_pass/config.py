@@ -47,8 +47,8 @@ class MlaConfig:
     type, which is what onnxruntime-genai can keep."""
     cache_dtype: CacheDtype = "same"
     """Type the latents are stored in: the model's own, 16 bits, 8 bits with a scale for each quarter of a row (`int8`,
-    whole numbers, or `float8`, E4M3 numbers, which are coarser), or `auto`, which takes of the model's own and int8 what
-    loses less at equal bytes on held-out text."""
+    whole numbers, or `float8`, E4M3 numbers, which are coarser), or `auto`: of the model's own and int8 what loses less
+    at equal bytes on held-out text."""
     rope_dtype: RopeDtype = "auto"
     """Type the rotated part of a row is stored in; `auto` is as the latent, but 16 bits beside 8-bit latents."""
     layers: Layers = "loss"

@@ -86,8 +86,8 @@ def read_ports(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[CacheSpec
         if port.name not in TOKEN_INPUTS or port.type not in INTEGERS:
             raise MlaPassError(
                 f"graph input {port.name} is {port.type} {port.shape}; expected integers named one of "
-                f"{', '.join(TOKEN_INPUTS)} or a cache of floats or 8 bits [batch, heads, rows, width]; export the model "
-                "with mla-pass export"
+                f"{', '.join(TOKEN_INPUTS)} or a cache of floats or 8 bits [batch, heads, rows, width]; export the "
+                "model with mla-pass export"
             )
     logits = [port for port in outputs if port not in presents]
     if len(logits) != 1 or logits[0].type not in FLOATS or len(logits[0].shape) != 3:
