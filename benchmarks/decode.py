@@ -5,9 +5,10 @@
 
 H = 32 query heads, G = 8 kv heads of D = 128; latents of r numbers and 64 rope dims, stored in the model's type or in
 fewer bits. Both attend over the same number of cached rows in a shared buffer bound in place, which lies as ONNX
-Runtime lays it. Times are medians; with one thread of the process's CPU time, which
-other programs on the machine do not lengthen, with more of the wall clock. Beside them stand what this machine can do,
-measured here: multiply-adds in registers, in turns with the calls, and reading memory.
+Runtime lays it. "GQA by hand" is a loop over a float32 cache (`grouped.cc`) that reads it once: what a better
+GroupQueryAttention could be. Times are medians; with one thread of the process's CPU time, which other programs on the
+machine do not lengthen, with more of the wall clock. Beside them stand what this machine can do, measured here:
+multiply-adds in registers, in turns with the calls, and reading memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from mla_pass.storage import CODED, STORED, encoded, row_format
 
 H, G, D, ROPE, NOPE = 32, 8, 128, 64, 64
 TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
-ROOT = Path(__file__).parents[1]
 
 
 def clock(threads: int) -> Callable[[], float]:
@@ -150,16 +150,45 @@ def medians(
     return tuple({name: statistics.median(found) for name, found in each.items()} for each in (taken, most))
 
 
+def compiled(name: str, *flags: str) -> ctypes.CDLL:
+    """A C++ file of this folder as a library for this very processor."""
+    source = Path(__file__).with_name(name)
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "compiled.so")
+        command = ["c++", "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", *flags, source, "-o", library]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(library))
+
+
 def ceilings() -> ctypes.CDLL:
     """Compiled loops that tell multiply-adds a second in registers and bytes a second read from memory, one thread."""
-    source = ROOT / "benchmarks" / "ceilings.cc"
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "ceilings.so")
-        command = ["c++", "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", source, "-o", library]
-        subprocess.run(command, check=True)
-        loaded = ctypes.CDLL(str(library))
+    loaded = compiled("ceilings.cc")
     loaded.multiply_adds.restype = loaded.bytes_read.restype = ctypes.c_double
     return loaded
+
+
+def by_hand(library: ctypes.CDLL, rows: int, threads: int) -> Callable[[], None]:
+    """The loop over keys and values, held against numpy before it is timed."""
+    rng = np.random.default_rng(0)
+    query, keys, values = (
+        rng.standard_normal(shape, dtype=np.float32) for shape in ((G, H // G, D), (G, rows, D), (G, rows, D))
+    )
+    context = np.empty_like(query)
+    sizes = ctypes.c_long(G), ctypes.c_long(rows), ctypes.c_float(D**-0.5), ctypes.c_int(threads)
+
+    def call() -> None:
+        query_at, keys_at, values_at, context_at = (
+            ctypes.c_void_p(x.ctypes.data) for x in (query, keys, values, context)
+        )
+        library.grouped_query(query_at, keys_at, values_at, *sizes, context_at)
+
+    call()
+    scores = query.astype(np.float64) @ keys.transpose(0, 2, 1) * D**-0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = weights @ values.astype(np.float64) / weights.sum(-1, keepdims=True)
+    if np.abs(context - want).max() > 1e-5:
+        sys.exit(f"decode: the loop by hand is off by {np.abs(context - want).max():.1e}; nothing is measured against it")
+    return call
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,7 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(arguments)
-    loops = ceilings()
+    if any(rows % 64 for rows in args.rows):
+        parser.error("--rows must be multiples of 64")
+    loops, hand = ceilings(), compiled("grouped.cc", "-ffast-math", "-fopenmp")
     isa = os.environ.get("MLA_PASS_ISA") or native.instruction_sets()[0]
     print(f"{platform.processor() or platform.machine()}, {isa}, onnxruntime {ort.__version__}")
     print(f"one thread reads {loops.bytes_read() / 1e9:.1f} GB/s from memory\n")
@@ -184,6 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
             for dtype in args.dtypes:
                 calls = {"GQA": grouped(rows, dtype, threads)}
                 sizes = {"GQA": (0, row_format(dtype, MlaConfig()).full_bytes(2 * G * D))}
+                if dtype == "float32":
+                    calls["GQA by hand"] = by_hand(hand, rows, threads)
+                    sizes["GQA by hand"] = sizes["GQA"]
                 for rank in args.ranks:
                     for stored in args.stored:
                         name = f"r = {rank}" + ("" if stored == "same" else f", {stored}")
