@@ -18,6 +18,7 @@ from mla_pass.config import MlaConfig
 from mla_pass.errors import BudgetTooSmall, MlaPassError
 from mla_pass.fold import Geometry, Prepared, key_losses, phase_loss, predicted_loss
 from mla_pass.fold.arithmetic import attention_flops, plain_flops
+from mla_pass.parallel import each
 from mla_pass.storage import RowFormat
 
 # Rows of real models come in multiples of 16 numbers, as kernels like them; toys are too small for that.
@@ -63,12 +64,10 @@ def choose_splits(
     elif config.layers == "even":
         sizes = even_sizes(usual, formats, config)
     else:
-        curves = [layer_curve(p, row, config) for p, row in zip(usual, formats, strict=True)]
+        curves = list(each(lambda layer: layer_curve(*layer, config), zip(usual, formats, strict=True)))
         sizes = pour(curves, [room(g, row, config) for g, row in zip(geometries, formats, strict=True)])
-    return [
-        choose_layout(layouts, p, rank, rope, config)
-        for layouts, p, (rank, rope) in zip(options, usual, sizes, strict=True)
-    ]
+    layers = zip(options, usual, sizes, strict=True)
+    return list(each(lambda layer: choose_layout(layer[0], layer[1], *layer[2], config), layers))
 
 
 def room(geometry: Geometry, row: RowFormat, config: MlaConfig) -> int:

@@ -28,6 +28,7 @@ from typing import Protocol
 import numpy as np
 
 from mla_pass.fold.pairs import pairs_of
+from mla_pass.parallel import each
 from mla_pass.site import AttentionSite, Rope
 from mla_pass.statistics import Calibration, SiteSample, SiteStatistics
 from mla_pass.windows import hold_out
@@ -209,14 +210,17 @@ def calibrate(
     projections = [site.output.weight.read().astype(np.float32) for site in sites]
     randoms = [np.random.default_rng(seed) for seed in range(len(sites))]
     squares = np.zeros(len(sites))
+
+    def add(layer: tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        i, (query, key, value) = layer
+        omega = randoms[i].choice(np.array([-1, 1], np.float32), size=(len(query), projections[i].shape[1]))
+        gamma, mass, square = output_gradient(sites[i], query, key, value, omega, projections[i])
+        sums[i].add(cached(key, value), [gamma])
+        sums[i].distance += mass
+        squares[i] += square
+
     for done, window in enumerate(seen):
-        for i, (query, key, value) in enumerate(run.forward(window)):
-            shape = (len(window), projections[i].shape[1])
-            omega = randoms[i].choice(np.array([-1, 1], np.float32), size=shape)
-            gamma, mass, square = output_gradient(sites[i], query, key, value, omega, projections[i])
-            sums[i].add(cached(key, value), [gamma])
-            sums[i].distance += mass
-            squares[i] += square
+        list(each(add, enumerate(run.forward(window))))
         if progress is not None:
             progress(done + 1, len(seen) + 1)
     samples = [SiteSample(*branches) for branches in run.forward(held_out[-1][:SAMPLE_TOKENS])]
@@ -239,13 +243,9 @@ def calibrate_fisher(
     random = np.random.default_rng(seed)
     sums = [(Accumulator(site, windows.shape[1]), Accumulator(site, windows.shape[1])) for site in sites]
     for done, window in enumerate(seen):
-        for (fisher, output), found in zip(sums, gradients.window(window, random, samples), strict=True):
-            y = cached(found.key, found.value)
-            fisher.add(y, found.gammas)
-            output.add(y, [found.outward])
-            if done < MASS_WINDOWS:
-                fisher.distance += attention_mass(fisher.site, found.query, found.key)
-                output.distance = fisher.distance
+        found = gradients.window(window, random, samples)
+        mass = [done < MASS_WINDOWS] * len(sums)
+        list(each(add_window, zip(sums, found, mass, strict=True)))
         if progress is not None:
             progress(done + 1, len(seen) + 1)
     kept = gradients.window(held_out[-1][:SAMPLE_TOKENS], random, 0)
@@ -256,6 +256,17 @@ def calibrate_fisher(
         for (fisher, output), sample in zip(sums, (SiteSample(k.query, k.key, k.value) for k in kept), strict=True)
     ]
     return Calibration(tuple(results), held_out, seen[: len(held_out)], "fisher")
+
+
+def add_window(layer: tuple[tuple[Accumulator, Accumulator], SiteWindow, bool]) -> None:
+    """Add one window of one site to its two accounts, and its attention mass if that is wanted, too."""
+    (fisher, output), found, mass = layer
+    y = cached(found.key, found.value)
+    fisher.add(y, found.gammas)
+    output.add(y, [found.outward])
+    if mass:
+        fisher.distance += attention_mass(fisher.site, found.query, found.key)
+        output.distance = fisher.distance
 
 
 def blended(fisher: SiteStatistics, output: SiteStatistics) -> SiteStatistics:

@@ -7,11 +7,8 @@ memory and run over text that calibration held out.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -22,14 +19,13 @@ from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepa
 from mla_pass.onnx.absorb import choose_absorption
 from mla_pass.onnx.emit import Conversion, Emitter
 from mla_pass.onnx.probe import Excess, Probe, can_probe
+from mla_pass.parallel import each
 from mla_pass.patterns import find_sites
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
 from mla_pass.storage import row_format
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
-R = TypeVar("R")
 USUAL_MIX = 0.1
 MIXES = (0.1, 0.3, 1.0)
 """Weights of the balanced identity to choose from."""
@@ -43,7 +39,6 @@ UNLIKELY_LOSS = 6.0
 """Nats per token beyond which a text is hardly one that the model was trained for: a perplexity of 400."""
 OVERFIT_RATIO, OVERFIT_FLOOR = 2.0, 0.01
 """A held-out excess this many times that of seen text, beyond its own error and this many nats, is told."""
-WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class Chooser:
         splits = choose_splits(self.options(config), formats, config)
         self.progress("folding", 0, len(splits))
         conversions = []
-        for site, row, weights in zip(self.sites, formats, self.each(folded, splits), strict=True):
+        for site, row, weights in zip(self.sites, formats, each(folded, splits), strict=True):
             conversions.append(Conversion(site, weights, choose_absorption(site, weights, config.absorb), row))
             self.progress("folding", len(conversions), len(splits))
         self._last = config, conversions
@@ -97,13 +92,7 @@ class Chooser:
             )  # fmt: skip
             return prepare_layouts(geometry, self.calibration.sites[i], wanted)
 
-        return list(self.each(layouts, range(len(self.sites))))
-
-    @staticmethod
-    def each(work: Callable[[T], R], items: Iterable[T]) -> Iterable[R]:
-        """`work` on every item, in order; linear algebra runs beside linear algebra."""
-        with ThreadPoolExecutor(WORKERS) as pool:
-            yield from pool.map(work, items)
+        return list(each(layouts, range(len(self.sites))))
 
     # ---- measured choices
 
