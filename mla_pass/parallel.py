@@ -1,0 +1,26 @@
+"""Independent pieces of linear algebra, one a layer, side by side on the machine's cores.
+
+Each piece runs its own BLAS calls on one thread. Matrices here are of the cache's width, too small to gain by more; and
+a BLAS whose threads wait for each other by spinning takes many times as long as soon as it has to share the cores with
+its like, whether a piece beside it or another program.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+T = TypeVar("T")
+R = TypeVar("R")
+WORKERS = min(4, os.cpu_count() or 1)
+"""Pieces at once: of an 8B-shaped layer each takes about half a gigabyte."""
+
+
+def each(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work` on every item, in order; what it raises is raised here."""
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(WORKERS) as pool:
+        yield from pool.map(work, items)
