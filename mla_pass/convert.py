@@ -94,8 +94,9 @@ def convert(
     stated = graph.metadata_props.get(MAX_POSITION_KEY)
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))
-    tokens, origin = (no_text, "no text") if calibration else token_source(source, calibrate, config)
-    beside = None if source is None or is_self(calibrate) else partial(self_written, source)
+    told = None if progress is None else partial(progress, "writing calibration text")
+    tokens, origin = (no_text, "no text") if calibration else token_source(source, calibrate, config, told)
+    beside = None if source is None or is_self(calibrate) else partial(self_written, source, progress=told)
     rewriting = MlaPass(
         config, tokens, progress=progress, origin=origin, calibration=calibration,
         written=beside,
@@ -117,16 +118,21 @@ def explain(model: str | Path) -> list[AttentionSite | Refusal]:
 
 
 def token_source(
-    source: Path | None, calibrate: str | Path | np.ndarray, config: MlaConfig
-) -> tuple[Callable[[int], np.ndarray], str]:
-    """A function that gives (at least, where it can) so many token ids, and a name for where they come from."""
+    source: Path | None, calibrate: str | Path | np.ndarray, config: MlaConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Callable[[int], np.ndarray], str]:  # fmt: skip
+    """A function that gives (at least, where it can) so many token ids, and a name for where they come from.
+
+    `progress` hears of the tokens that the model writes.
+    """
     if isinstance(calibrate, np.ndarray):
         ids = as_token_ids(calibrate, "the array")
         return (lambda count: ids), "the array"
     assert source is not None  # checked by convert
     if is_self(calibrate):
         length = config.calibrate_context
-        return (lambda count: self_written(source, -(-count // length), length).reshape(-1)), "the model's own text"
+        written = partial(self_written, source, length=length, progress=progress)
+        return (lambda count: written(-(-count // length)).reshape(-1)), "the model's own text"
     path = Path(calibrate)
     if not path.is_file():
         raise MlaPassError(f"calibration text {path} does not exist; give a text file, token ids in .npy, or 'self'")
@@ -139,11 +145,13 @@ def is_self(calibrate: str | Path | np.ndarray) -> bool:
     return not isinstance(calibrate, np.ndarray) and str(calibrate) == "self"
 
 
-def self_written(source: Path, rows: int, length: int) -> np.ndarray:
+def self_written(
+    source: Path, rows: int, length: int, progress: Callable[[int, int], None] | None = None
+) -> np.ndarray:
     """Text the model writes by itself from its first token, [rows, length]."""
     from mla_pass.onnx.perplexity import sample_tokens
 
-    return sample_tokens(session(source), rows * length, length=length, batch=SELF_BATCH)
+    return sample_tokens(session(source), rows * length, length=length, batch=SELF_BATCH, progress=progress)
 
 
 def read_ids(path: Path) -> np.ndarray:

@@ -93,7 +93,9 @@ class TestTokenLosses:
 class TestSampleTokens:
     def test_rows_start_with_bos_and_repeat(self, toy: ModelSession) -> None:
         (toy.folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 9, "eos_token_id": 2}))
-        rows = sample_tokens(toy, 85, length=20, batch=2, seed=1)
+        heard: list[tuple[int, int]] = []
+        rows = sample_tokens(toy, 85, length=20, batch=2, seed=1, progress=lambda *told: heard.append(told))
+        assert heard[-1] == (rows.size, rows.size) and heard == sorted(heard)
         assert rows.shape == (5, 20)
         assert rows.dtype == np.int64
         assert (rows[:, 0] == 9).all()

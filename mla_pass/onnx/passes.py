@@ -110,7 +110,6 @@ class MlaPass(ir.passes.InPlacePass):
     def observe(self, model: ir.Model, sites: Sequence[AttentionSite]) -> Calibration:
         """Run the model over the calibration text."""
         metric = chosen_metric(self.config)
-        self.progress("getting calibration text", 0, 1)
         # ONNX Runtime's CPU has no bfloat16 arithmetic to write with.
         mute = sites[0].dtype == "bfloat16"
         if mute and self.written is not None and self.config.calibrate_self > 0:
@@ -118,7 +117,6 @@ class MlaPass(ir.passes.InPlacePass):
                 "Calibrated on the given text alone: ONNX Runtime's CPU cannot run bfloat16 to write more."
             )
         windows, own = self.windows(tokens_needed(sites), 0.0 if mute else self.config.calibrate_self)
-        self.progress("getting calibration text", 1, 1)
 
         def progress(done: int, total: int) -> None:
             self.progress(f"calibrating ({metric} metric)", done, total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,12 +108,14 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def sample_tokens(
-    session: ModelSession, count: int, *, length: int = 256, batch: int = 16, seed: int = 0, temperature: float = 1.0
-) -> np.ndarray:
+    session: ModelSession, count: int, *, length: int = 256, batch: int = 16, seed: int = 0, temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:  # fmt: skip
     """At least `count` tokens of text that the model writes by itself, int64 [ceil(count / length), length].
 
     Every row starts with the model's BOS, else its EOS (which stands between texts in training data), else a token
-    drawn at random, and runs on past an EOS: another text may follow. Equal arguments give equal rows.
+    drawn at random, and runs on past an EOS: another text may follow. Equal arguments give equal rows. `progress` hears
+    (tokens written, all there are to write).
     """
     if count < 1 or length < 2 or batch < 1:
         raise MlaPassError(
@@ -133,18 +135,22 @@ def sample_tokens(
     for first in range(0, rows, batch):
         sources = random[first : first + batch]
         opening = [_any_token(session, source) if start is None else start for source in sources]
-        parts.append(_write(session, np.array(opening), length, config, sources))
+        told = (lambda new, done=first: progress(done * length + new, rows * length)) if progress else None
+        parts.append(_write(session, np.array(opening), length, config, sources, told))
     return np.concatenate(parts)
 
 
 def _write(
     session: ModelSession, opening: np.ndarray, length: int, config: GenerateConfig,
-    random: Sequence[np.random.Generator],
+    random: Sequence[np.random.Generator], told: Callable[[int], None] | None,
 ) -> np.ndarray:  # fmt: skip
+    """Rows [batch, length] behind their first tokens; `told` how many tokens there are, after each step."""
     decoder = Decoder(session, len(opening), length)
     columns = [opening]
     while len(columns) < length:
         columns.append(next_tokens(decoder.step(columns[-1]), config, random))
+        if told is not None:
+            told(len(columns) * len(opening))
     return np.stack(columns, axis=1).astype(np.int64)
 
 
