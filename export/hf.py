@@ -323,6 +323,27 @@ def _simplify(graph: "ir.Model") -> None:
     ):
         clean(graph)
     onnxscript.rewriter.onnx_fusions.fuse(graph)
+    _widen_norms(graph)
+
+
+def _widen_norms(graph: "ir.Model") -> None:
+    """Give an RMS norm whose weight is wider than its input the input in the weight's type.
+
+    The operator allows two types, and half-precision models whose weights are 1 + w need them, but ONNX Runtime's CPU
+    runs such a norm by the operator's function, which multiplies the one type by the other.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph.graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        x, weight = node.inputs[:2]
+        if x is None or weight is None or None in (x.dtype, weight.dtype) or x.dtype == weight.dtype:
+            continue
+        cast = ir.node("Cast", [x], attributes={"to": weight.dtype})
+        cast.outputs[0].dtype, cast.outputs[0].shape = weight.dtype, x.shape
+        graph.graph.insert_before(node, cast)
+        node.replace_input_with(0, cast.outputs[0])
 
 
 def _label(graph: "ir.Model", model: Any, layers: int) -> None:

@@ -29,7 +29,7 @@ def normed(view: View, value: Handle, axes: Axes) -> tuple[Handle, Norm] | None:
 
 def _fused(view: View, value: Handle) -> tuple[Handle, Handle, float, int]:
     x, weight = view.inputs(value)[:2]
-    return x, weight, float(view.attribute(value, "epsilon")), int(view.attribute(value, "axis"))
+    return _uncast(view, x) or x, weight, float(view.attribute(value, "epsilon")), int(view.attribute(value, "axis"))
 
 
 def _spelled(view: View, value: Handle) -> tuple[Handle, Handle, float, int] | None:
