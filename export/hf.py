@@ -338,10 +338,11 @@ def _widen_norms(graph: "ir.Model") -> None:
         if node.op_type != "RMSNormalization":
             continue
         x, weight = node.inputs[:2]
-        if x is None or weight is None or None in (x.dtype, weight.dtype) or x.dtype == weight.dtype:
+        wide = None if weight is None else weight.dtype
+        if x is None or x.dtype is None or wide is None or x.dtype == wide:
             continue
-        cast = ir.node("Cast", [x], attributes={"to": weight.dtype})
-        cast.outputs[0].dtype, cast.outputs[0].shape = weight.dtype, x.shape
+        cast = ir.node("Cast", [x], attributes={"to": wide})
+        cast.outputs[0].dtype, cast.outputs[0].shape = wide, x.shape
         graph.graph.insert_before(node, cast)
         node.replace_input_with(0, cast.outputs[0])
 
