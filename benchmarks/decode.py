@@ -46,6 +46,8 @@ def bound_session(model: onnx.ModelProto, feeds: dict[str, np.ndarray], shared: 
     """A call that runs the model once, caches (output name by input name) in place."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # Threads that wait by spinning would take the cores from the calls that they take turns with.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(native.library_path())
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
@@ -204,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if any(rows % 64 for rows in args.rows):
         parser.error("--rows must be multiples of 64")
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # as above, for the loop by hand
     loops, hand = ceilings(), compiled("grouped.cc", "-ffast-math", "-fopenmp")
     isa = os.environ.get("MLA_PASS_ISA") or native.instruction_sets()[0]
     print(f"{platform.processor() or platform.machine()}, {isa}, onnxruntime {ort.__version__}")
