@@ -8,13 +8,15 @@ fewer bits. Both attend over the same number of cached rows in a shared buffer b
 Runtime lays it. "GQA by hand" is a loop over a float32 cache (`grouped.cc`) that reads it once: what a better
 GroupQueryAttention could be. Times are medians; with one thread of the process's CPU time, which other programs on the
 machine do not lengthen, with more of the wall clock. Beside them stand what this machine can do, measured here:
-multiply-adds in registers, in turns with the calls, and reading memory.
+multiply-adds in registers, in turns with the calls, and reading memory. `--blocks 16 64 256 1024` adds rotary bands, whose
+arithmetic is counted in: what they cost beyond it shows as fewer GFLOP/s than without them.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import os
 import platform
 import statistics
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,14 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from mla_pass import MlaConfig, native
+from mla_pass.fold.arithmetic import attention_flops
+from mla_pass.fold.bands import Bands
 from mla_pass.onnx.body import INPUTS
 from mla_pass.storage import CODED, STORED, encoded, row_format
 
 H, G, D, ROPE, NOPE = 32, 8, 128, 64, 64
+STILL = Bands(*(np.zeros(0, int),) * 2, *(np.zeros(0),) * 2, np.zeros(0, int))
+"""No bands."""
 TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
 
 
@@ -82,37 +88,42 @@ def node_model(node: onnx.NodeProto, feeds: dict[str, np.ndarray], outputs: dict
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), *domains], ir_version=10)
 
 
-def latent(rank: int, rows: int, dtype: str, stored: str, threads: int) -> Callable[[], None]:
-    """Absorbed latent attention without bands: query map and up-projections folded away, as absorb='auto' does it."""
+def latent(rank: int, rows: int, dtype: str, stored: str, threads: int, bands: Bands = STILL) -> Callable[[], None]:
+    """Absorbed latent attention; without bands the up-projections are folded away, as absorb='auto' does it."""
     kind, numpy = TYPES[dtype]
     rng = np.random.default_rng(0)
     draw = lambda *shape: (0.1 * rng.standard_normal(shape, dtype=np.float32)).astype(numpy)  # noqa: E731
-    angle = np.outer(np.arange(rows), 1e4 ** (-np.arange(ROPE // 2) / (ROPE // 2))).astype(np.float32)
+    angle = np.outer(np.arange(rows), 1e4 ** (-np.arange(D // 2) / (D // 2))).astype(np.float32)
+    turned = len(bands.index) > 0
+    width = NOPE if turned else rank
     feeds = {
-        "query": draw(1, 1, H * (rank + ROPE)), "row": draw(1, 1, rank + ROPE),
+        "query": draw(1, 1, H * (width + ROPE)), "row": draw(1, 1, rank + ROPE),
         "cos": np.cos(angle), "sin": np.sin(angle),
         "position_ids": np.array([[rows - 1]]), "total_length": np.array([rows]),
     }  # fmt: skip
+    if turned:
+        feeds |= {"key_up": draw(G, NOPE, rank), "key_mean": draw(G, NOPE)}
     row = row_format(dtype, MlaConfig(cache_dtype=stored))
-    for name, width, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
-        past = draw(1, 1, rows, width)
+    for name, numbers, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
+        past = draw(1, 1, rows, numbers)
         feeds[name] = encoded(past, as_stored) if as_stored in CODED else past.astype(STORED[as_stored])
     attributes = {
         "num_heads": H, "kv_groups": G, "rank": rank, "key_rank": rank, "value_offset": 0, "rope_dim": ROPE,
-        "nope_dim": rank, "split": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
+        "nope_dim": width, "split": rank, "rope_index": list(range(ROPE // 2)), "scale": D**-0.5, "softcap": 0.0,
         "local_window_size": -1, "causal": 1, "shared_buffer": 1,
     }  # fmt: skip
-    given = [name for name in INPUTS if name in feeds]
+    given = [name if name in feeds else "" for name in INPUTS]
     outputs = ["context", "latent", "rope"]
     node = helper.make_node("LatentAttention", given, outputs, domain="mla_pass", **attributes)
     kinds = onnx.AttributeProto
-    for name, list_type in [
-        ("band_index", kinds.INTS), ("band_block", kinds.INTS), ("band_a0", kinds.FLOATS), ("band_a1", kinds.FLOATS)
+    for name, values, list_type in [
+        ("band_index", bands.index, kinds.INTS), ("band_block", bands.block, kinds.INTS),
+        ("band_a0", bands.a0, kinds.FLOATS), ("band_a1", bands.a1, kinds.FLOATS),
     ]:  # fmt: skip
-        node.attribute.append(helper.make_attribute(name, [], attr_type=list_type))
+        node.attribute.append(helper.make_attribute(name, values.tolist(), attr_type=list_type))
     kinds_of = [helper.np_dtype_to_tensor_dtype(feeds[f"past_{name}"].dtype) for name in outputs[1:]]
     shapes = {"context": (kind, 3), "latent": (kinds_of[0], 4), "rope": (kinds_of[1], 4)}
-    model = node_model(node, {name: feeds[name] for name in given}, shapes)
+    model = node_model(node, feeds, shapes)
     return bound_session(model, feeds, {"past_latent": "latent", "past_rope": "rope"}, threads)
 
 
@@ -193,6 +204,12 @@ def by_hand(library: ctypes.CDLL, rows: int, threads: int) -> Callable[[], None]
     return call
 
 
+def bands_of(blocks: Sequence[int]) -> Bands:
+    """Order 1; the half of the pairs that is not cached rotated, evenly over blocks of these rows, finest first."""
+    block = np.sort(np.resize(np.array(blocks, int), NOPE // 2))
+    return Bands(np.arange(ROPE // 2, D // 2), block, np.ones(len(block)), 0.1 / block, np.zeros(0, int))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[128, 256, 512])
@@ -201,6 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["float32"])
     parser.add_argument(
         "--stored", nargs="+", choices=("same", "float16", "bfloat16", "int8", "float8"), default=["same"]
+    )
+    parser.add_argument(
+        "--blocks", type=int, nargs="*", help="also with bands in blocks of these rows, whose products are counted"
     )
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(arguments)
@@ -213,29 +233,28 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"one thread reads {loops.bytes_read() / 1e9:.1f} GB/s from memory\n")
     print("| rows | threads | type | attention | ms | faster than GQA | GFLOP/s | of FMA ceiling | cache GB/s |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for rows in args.rows:
-        for threads in args.threads:
-            for dtype in args.dtypes:
-                calls = {"GQA": grouped(rows, dtype, threads)}
-                sizes = {"GQA": (0, row_format(dtype, MlaConfig()).full_bytes(2 * G * D))}
-                if dtype == "float32":
-                    calls["GQA by hand"] = by_hand(hand, rows, threads)
-                    sizes["GQA by hand"] = sizes["GQA"]
-                for rank in args.ranks:
-                    for stored in args.stored:
-                        name = f"r = {rank}" + ("" if stored == "same" else f", {stored}")
-                        calls[name] = latent(rank, rows, dtype, stored, threads)
-                        sizes[name] = rank, row_format(dtype, MlaConfig(cache_dtype=stored)).bytes(rank, ROPE)
-                times, most = medians(calls, loops.multiply_adds, threads, args.repeats)
-                for name, seconds in times.items():
-                    rank, size = sizes[name][0], rows * sizes[name][1]
-                    fmas = rows * H * (2 * rank + ROPE if rank else 2 * D)
-                    print(
-                        f"| {rows} | {threads} | {dtype} | {name} | {seconds * 1e3:.2f} | "
-                        f"{times['GQA'] / seconds:.2f} | {2 * fmas / seconds / 1e9:.1f} | "
-                        f"{fmas / seconds / (most[name] * threads):.0%} | {size / seconds / 1e9:.1f} |",
-                        flush=True,
-                    )
+    for rows, threads, dtype in itertools.product(args.rows, args.threads, args.dtypes):
+        full = row_format(dtype, MlaConfig()).full_bytes(2 * G * D)
+        cases = {"GQA": (grouped(rows, dtype, threads), 2 * D, full)}
+        if dtype == "float32":
+            cases["GQA by hand"] = by_hand(hand, rows, threads), 2 * D, full
+        layouts = [None, args.blocks] if args.blocks else [None]
+        for rank, stored, blocks in itertools.product(args.ranks, args.stored, layouts):
+            bands = bands_of(blocks) if blocks else STILL
+            name = f"r = {rank}" + ("" if stored == "same" else f", {stored}") + (", bands" if blocks else "")
+            fmas = attention_flops(rank, rank, rank, ROPE, bands, H // G)
+            size = row_format(dtype, MlaConfig(cache_dtype=stored)).bytes(rank, ROPE)
+            cases[name] = latent(rank, rows, dtype, stored, threads, bands), fmas, size
+        calls = {name: call for name, (call, _, _) in cases.items()}
+        times, most = medians(calls, loops.multiply_adds, threads, args.repeats)
+        for name, seconds in times.items():
+            _, fmas, size = cases[name]
+            speed = rows * H * fmas / seconds
+            print(
+                f"| {rows} | {threads} | {dtype} | {name} | {seconds * 1e3:.2f} | {times['GQA'] / seconds:.2f} | "
+                f"{2 * speed / 1e9:.1f} | {speed / (most[name] * threads):.0%} | {rows * size / seconds / 1e9:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
