@@ -8,8 +8,8 @@ fewer bits. Both attend over the same number of cached rows in a shared buffer b
 Runtime lays it. "GQA by hand" is a loop over a float32 cache (`grouped.cc`) that reads it once: what a better
 GroupQueryAttention could be. Times are medians; with one thread of the process's CPU time, which other programs on the
 machine do not lengthen, with more of the wall clock. Beside them stand what this machine can do, measured here:
-multiply-adds in registers, in turns with the calls, and reading memory. `--blocks 16 64 256 1024` adds rotary bands, whose
-arithmetic is counted in: what they cost beyond it shows as fewer GFLOP/s than without them.
+multiply-adds in registers, in turns with the calls, and reading memory. `--blocks 16 64 256 1024` adds rotary bands,
+whose arithmetic is counted in: what they cost beyond it shows as fewer GFLOP/s than without them.
 """
 
 from __future__ import annotations
