@@ -4,18 +4,11 @@
 #include <ctime>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-typedef float Lanes __attribute__((vector_size(kBytes)));
 typedef std::int64_t Words __attribute__((vector_size(kBytes)));
-constexpr int kLanes = kBytes / static_cast<int>(sizeof(float));
 
 double now() {
   timespec t;

@@ -4,18 +4,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "lanes.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-typedef float Lanes __attribute__((vector_size(kBytes)));
 typedef float Loose __attribute__((vector_size(kBytes), aligned(4)));
-constexpr int kLanes = kBytes / static_cast<int>(sizeof(float));
 
 constexpr int kHeadDim = 128, kHeads = 4, kChunk = 64, kKeys = 4;
 constexpr int kVectors = kHeadDim / kLanes;

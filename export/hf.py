@@ -339,7 +339,7 @@ def _widen_norms(graph: "ir.Model") -> None:
             continue
         x, weight = node.inputs[:2]
         wide = None if weight is None else weight.dtype
-        if x is None or x.dtype is None or wide is None or x.dtype == wide:
+        if x is None or x.dtype is None or wide is None or x.dtype.itemsize >= wide.itemsize:
             continue
         cast = ir.node("Cast", [x], attributes={"to": wide})
         cast.outputs[0].dtype, cast.outputs[0].shape = wide, x.shape

@@ -21,6 +21,7 @@ from mla_pass.onnx.cut import constant_tensor
 from mla_pass.onnx.emit import OLDEST_OPSET
 from mla_pass.onnx.ports import graph_ports
 from mla_pass.pytorch.ops import Attributes, Operator, operator
+from mla_pass.storage import CODED
 
 _TYPE_ATTRIBUTES = {"to", "dtype"}
 
@@ -172,7 +173,7 @@ class TorchGraph:
         }
 
 
-_EIGHT_BITS = {np.dtype(np.int8): torch.int8, np.dtype(np.uint8): torch.uint8}
+_EIGHT_BITS = {coded.element: getattr(torch, coded.element.name) for coded in CODED.values()}
 """Element types of a cache that do not follow the view's own."""
 _FIRST_ONLY = {"Reshape", "Expand", "Slice", "Split", "Squeeze", "Unsqueeze", "TopK", "CumSum"}
 """Operators whose operands beyond the first are sizes and places, which Python reads."""

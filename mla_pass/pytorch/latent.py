@@ -16,8 +16,8 @@ from mla_pass.onnx.body import INPUTS
 from mla_pass.pytorch.attention import attend
 from mla_pass.storage import CODED, OCTAVE, SEGMENTS, segment_length, segment_of
 
-_CODED = {torch.int8: "int8", torch.uint8: "float8"}
-"""Names in `mla_pass.storage` of what eight-bit tensors hold."""
+_CODED = {getattr(torch, coded.element.name): coded for coded in CODED.values()}
+"""What eight-bit tensors of a type hold."""
 
 
 def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -154,7 +154,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def encoded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Eight-bit rows [..., n + 4] of numbers [..., n], int8 or uint8; see `mla_pass.storage.encoded`."""
-    n, coded = x.shape[-1], CODED[_CODED[dtype]]
+    n, coded = x.shape[-1], _CODED[dtype]
     length = segment_length(n)
     parts = torch.nn.functional.pad(x, (0, SEGMENTS * length - n)).unflatten(-1, (SEGMENTS, length))
     code = torch.ceil(OCTAVE * torch.log2(parts.abs().amax(-1) / coded.largest)).clamp(-128, 127)
@@ -166,6 +166,6 @@ def encoded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def decoded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers [..., n] of eight-bit rows [..., n + 4]; see `mla_pass.storage.decoded`."""
     n = rows.shape[-1] - SEGMENTS
-    scale = torch.exp2((rows[..., n:].to(dtype) - CODED[_CODED[rows.dtype]].zero) / OCTAVE)
+    scale = torch.exp2((rows[..., n:].to(dtype) - _CODED[rows.dtype].zero) / OCTAVE)
     q = rows[..., :n].contiguous().view(torch.float8_e4m3fn) if rows.dtype == torch.uint8 else rows[..., :n]
     return q.to(dtype) * scale[..., torch.from_numpy(segment_of(n)).to(rows.device)]
