@@ -198,7 +198,9 @@ class Checker {
     throw Refused("input " + std::string(kInputNames[input]) + " is " +
                   (tensor.given ? type_name(tensor.type) + " " + shape_of(tensor) : std::string("absent")) +
                   "; expected " + type_name(static_cast<int>(type)) + " " + shape_of(dims) +
-                  (kind_of(input) == Kind::stored ? ", or of float16, bfloat16, int8 or uint8 (float8), the last two with 4 codes a row" : ""));
+                  (kind_of(input) == Kind::stored
+                       ? ", or of float16, bfloat16, int8 or uint8 (float8), the last two with 4 codes a row"
+                       : ""));
   }
 
   // As shape, where the input is there.
