@@ -1,0 +1,139 @@
+"""Hugging Face checkpoint in, Hugging Face checkpoint out: by way of the graph, where blocks are read and proved.
+
+The model is exported, converted as `mla_pass.convert` does, and written as the module that the conversion amounts to.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mla_pass.config import MlaConfig
+from mla_pass.convert import RECORD, Progress, Result, convert
+from mla_pass.errors import MlaPassError
+from mla_pass.export.hf import export_hf
+from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder
+from mla_pass.onnx.emit import Conversion
+from mla_pass.onnx.io import load_model
+from mla_pass.patterns import find_sites
+from mla_pass.pytorch.folder import read_config, weight_files, write_cache, write_model
+from mla_pass.pytorch.spec import by_layer_number
+from mla_pass.report import Report
+from mla_pass.site import AttentionSite
+from mla_pass.statistics import Calibration
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TorchResult:
+    """A converted checkpoint that is not saved yet."""
+
+    source: Path
+    result: Result
+    conversions: tuple[Conversion, ...]
+    """Of the sites of a graph that is as it was, so that their weights can be read."""
+    dtype: str
+    exported: tempfile.TemporaryDirectory[str]
+    """Where that graph lies; it goes when this does."""
+
+    @property
+    def report(self) -> Report:
+        """What was done."""
+        return self.result.report
+
+    @property
+    def calibration(self) -> Calibration:
+        """What calibration saw."""
+        return self.result.calibration
+
+    def save(self, out: str | Path) -> Path:
+        """Write the checkpoint folder `out`, whole or not at all.
+
+        Raises MlaPassError when `out` is taken or cannot be written, or the model does not come up from it.
+        """
+        from mla_pass.pytorch.modeling import latent_classes
+
+        dtype = DTYPES[self.dtype]
+        positions = int(self.result.model.metadata_props[MAX_POSITION_KEY])
+        with new_folder(out) as folder:
+            copy_companions(self.source, folder)
+            write_model(self.source, self.conversions, dtype, positions, folder)
+            if all(self.turned(conversion) for conversion in self.conversions):
+                write_cache(self.conversions, dtype, folder)
+            record = {"config": self.result.config.to_json(), "report": self.report.to_json()}
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            latent_classes(read_config(self.source)["model_type"])
+            check(folder)
+        return Path(out)
+
+    def save_onnx(self, out: str | Path, *, bundle: bool = False) -> Path:
+        """Write the same conversion as an ONNX folder; see `Result.save`."""
+        return self.result.save(out, bundle=bundle)
+
+    @staticmethod
+    def turned(conversion: Conversion) -> bool:
+        """Whether keys can be handed back rotated: no pair of them is left un-rotated."""
+        site, w = conversion.site, conversion.weights
+        return w.nope_dim == 2 * len(w.bands.index) + site.head_dim - site.rope.rotary_dim or not w.nope_dim
+
+
+def convert_checkpoint(
+    source: str | Path, config: MlaConfig | None = None, *, dtype: str | None = None,
+    calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> TorchResult:  # fmt: skip
+    """Convert the Hugging Face model folder `source`; arguments as `mla_pass.convert` takes them.
+
+    `dtype`: of the weights that are written, by default the source's. Every pair of the keys keeps its rotation, so
+    that a `LatentCache` can serve the original, unless `config` asks for another rope_mode.
+    Raises MlaPassError when the model or the request cannot be served.
+    """
+    folder = Path(source)
+    config = config or MlaConfig()
+    if config.partial:
+        raise MlaPassError("a checkpoint is converted whole or not at all; leave partial out, or write ONNX")
+    if config.rope_mode == "block":
+        config = replace(config, turn_all=True)
+    told = read_config(folder)
+    wanted = dtype or told.get("dtype") or told.get("torch_dtype") or "float32"
+    if wanted not in DTYPES:
+        raise MlaPassError(f"dtype {wanted!r} is not offered: choose one of {', '.join(DTYPES)}")
+    weight_files(folder)  # what is not there is better told before the work
+    place = tempfile.TemporaryDirectory(prefix="mla_pass_")
+    if progress is not None:
+        progress("exporting", 0, 1)
+    exported = export_hf(folder, Path(place.name) / "onnx")
+    result = convert(exported, config, calibrate=calibrate, calibration=calibration, progress=progress)
+    return TorchResult(folder, result, whole(exported, result), wanted, place)
+
+
+def whole(exported: Path, result: Result) -> tuple[Conversion, ...]:
+    """The conversions on a fresh reading of the graph: the one that was rewritten has lost what it was read from."""
+    sites = {site.name: site for site in find_sites(load_model(exported)) if isinstance(site, AttentionSite)}
+    return by_layer_number([replace(c, site=sites[c.site.name]) for c in result.conversions])
+
+
+def check(folder: Path) -> None:
+    """Load a folder and run a token. Raises MlaPassError when weights are missing or logits are not finite."""
+    from transformers import AutoModelForCausalLM
+
+    from mla_pass.export.layout import quiet
+
+    with quiet():
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if wrong:
+        raise MlaPassError(
+            f"the converted checkpoint does not fit its model: {len(wrong)} weights, {sorted(wrong)[0]} among them, "
+            "are missing or not expected; nothing was written"
+        )
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(1, 3, dtype=torch.int64)).logits
+    if not torch.isfinite(logits).all():
+        raise MlaPassError("the converted model's logits are not finite; nothing was written")

@@ -1,0 +1,80 @@
+"""Cached rows from keys and values, and keys and values from cached rows, for an attention that is not ours.
+
+Keys come and go *rotated*, as models cache them: they are turned back to be encoded, and turned again once decoded.
+A pair of a decoded key turns by its block's factor; that counts rows, the query's rotation counts positions, and a
+sequence padded by f rows on its left has row = position + f, so the factor is turned back by f.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_pass.pytorch.latent import band_factor, decoded, encoded, turn, turned
+
+
+def write_rows(
+    a: Mapping[str, Any], key: Tensor, value: Tensor, latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor, total: int, encode: Tensor, encode_bias: Tensor,
+) -> None:  # fmt: skip
+    """Encode rotated keys [B, G, S, D] and values [B, G, S, V] into rows total-S..total-1 of the cache."""
+    new = key.shape[2]
+    angles = cos[position_ids], sin[position_ids]  # [B or 1, S, R/2]
+    still = unrotated(key.float(), a, *angles)
+    y = torch.cat([x.transpose(1, 2).flatten(2) for x in (still, value.float())], -1)  # [B, S, N]
+    row = y @ encode.float().T + encode_bias.float()
+    c, rho = row.split([a["rank"], a["rope_dim"]], dim=-1)
+    columns = list(a["rope_index"])
+    rho = turn(rho, angles[0][..., columns], angles[1][..., columns])
+    for buffer, part in ((latent, c), (rope, rho)):
+        packed = part if buffer.dtype.is_floating_point else encoded(part, buffer.dtype)
+        buffer[:, 0, total - new : total] = packed.to(buffer.dtype)
+
+
+def decode(
+    a: Mapping[str, Any], latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, total: int,
+    maps: Mapping[str, Tensor | None], value_mean: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Keys [B, G, T, D], rotated, and values [B, G, T, V] of the first T = `total` rows, float32."""
+    c, rho = (
+        x[:, :, :total].float() if x.dtype.is_floating_point else decoded(x[:, :, :total], torch.float32)
+        for x in (latent, rope)
+    )
+    wide = {name: x.float() for name, x in maps.items() if x is not None}
+    parts = []
+    if "key_up" in wide:
+        keys = c[..., : a["key_rank"]] @ wide["key_up"].transpose(1, 2) + wide["key_mean"][:, None]  # [B, G, T, n]
+        pairs = len(a["band_index"])
+        if pairs:
+            shift = total - 1 - position_ids[:, -1]  # [B or 1]: rows before the sequence's first token
+            factor = (x[:, None] for x in _factor(a, cos, sin, total, shift))
+            keys = torch.cat([turn(keys[..., : 2 * pairs], *factor), keys[..., 2 * pairs :]], -1)
+        parts.append(keys)
+    groups = a["kv_groups"]
+    if a["rope_dim"]:
+        parts.append(rho.expand(-1, groups, -1, -1))
+    key = torch.cat(parts, -1) @ wide["query_map"].transpose(1, 2)  # scores are query . (query_map key)
+    scaling = torch.ones(key.shape[-1], device=key.device)
+    scaling[: a["rotary_dim"]] = 1 / a["attention_scaling"]  # the model's queries carry it already
+    value = c[..., a["value_offset"] :] @ wide["value_up"] + value_mean.float()[:, None]
+    return key * scaling, value
+
+
+def unrotated(x: Tensor, a: Mapping[str, Any], cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [B, H, S, D] before rotation, from rotated ones; cos and sin [B or 1, S, R/2] of their positions."""
+    moved, rest = x.split([a["rotary_dim"], x.shape[-1] - a["rotary_dim"]], dim=-1)
+    re, im = (moved[..., 0::2], moved[..., 1::2]) if a["interleaved"] else moved.chunk(2, -1)
+    scaling = 1 / a["attention_scaling"]
+    parts = turned(re, im, cos[:, None] * scaling, -sin[:, None] * scaling)
+    back = torch.stack(parts, -1).flatten(-2) if a["interleaved"] else torch.cat(parts, -1)
+    return torch.cat([back, rest], -1)
+
+
+def _factor(a: Mapping[str, Any], cos: Tensor, sin: Tensor, total: int, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """What turns the decoded pairs of rows 0..T-1, real and imaginary [B or 1, T, m]."""
+    re, im = band_factor(a, cos, sin, torch.arange(total, device=cos.device))
+    back = cos[shift][:, None, list(a["band_index"])], -sin[shift][:, None, list(a["band_index"])]
+    return turned(re, im, *back)
