@@ -16,7 +16,7 @@ Layers = Literal["loss", "even"]
 CacheDtype = Literal["same", "float16", "bfloat16", "int8", "float8", "auto"]
 RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8", "float8"]
 MetricKind = Literal["auto", "output", "fisher"]
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class MlaConfig:
     """0 or 1: whether a row's offset within its block is followed to first order; None chooses it for each layer."""
     band_angle: float = 1.0
     """Largest angle, in radians, that a band's pair may turn within one block, unless the finest block exceeds it."""
+    turn_all: bool = False
+    """Leave no pair's rotation off, though a constant may stand for the fastest ones at less arithmetic: what an
+    attention that is not ours, with a cache of ours, needs."""
     metric: MetricKind = "auto"
     """What the loss is predicted with: `output` (the blocks' output errors, from forward passes), `fisher` (the model's
     loss, from gradients; needs torch), or `auto`, `fisher` where torch is installed."""
@@ -116,6 +119,8 @@ class MlaConfig:
             )
         if self.layout == "genai" and self.rank is not None and self.rank % 2:
             raise MlaPassError(f"layout genai cuts a row into two halves: rank must be even; got {self.rank}")
+        if self.turn_all and self.rope_mode != "block":
+            raise MlaPassError(f"turn_all says how blocks are laid out; rope_mode {self.rope_mode!r} has none")
         if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
             raise MlaPassError(
                 f"calibrate_tokens must be at least calibrate_context, and that at least 2; "

@@ -17,6 +17,7 @@ from mla_pass.config import MlaConfig
 from mla_pass.errors import MlaPassError
 from mla_pass.export.genai import read_about, write_genai_config
 from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder
+from mla_pass.onnx.emit import Conversion
 from mla_pass.onnx.io import load_model, save_model
 from mla_pass.onnx.passes import MlaPass, Progress
 from mla_pass.onnx.session import model_path, session
@@ -41,6 +42,8 @@ class Result:
     """Folder of the original, whose tokenizer and configuration go along."""
     calibration: Calibration
     """What calibration saw; another conversion of the same model can start from it."""
+    conversions: tuple[Conversion, ...]
+    """Every block with what it was folded to."""
 
     def save(self, out: str | Path, *, bundle: bool = False) -> Path:
         """Write the folder `out`: the model, what was done to it (mla_pass.json), tokenizer and configuration.
@@ -104,7 +107,7 @@ def convert(
     rewriting.call(graph)
     assert rewriting.report and rewriting.settled and rewriting.calibration  # call returned
     folder = source.parent if source else None
-    return Result(graph, rewriting.report, rewriting.settled, folder, rewriting.calibration)
+    return Result(graph, rewriting.report, rewriting.settled, folder, rewriting.calibration, rewriting.conversions)
 
 
 def no_text(count: int) -> np.ndarray:

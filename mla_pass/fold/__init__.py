@@ -75,6 +75,7 @@ class Recipe:
     """With a price the block sizes are not laid out by `finest_block` and `band_angle` but for the least loss at that
     price of arithmetic (see `bands.priced_bands`), in units of the mean energy of a pair."""
     metric_mix: float = 0.1
+    turn_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,13 @@ def lay_bands(recipe: Recipe, geometry: Geometry, energy: np.ndarray, still: np.
     if recipe.band_price is not None:
         price = recipe.band_price * float(energy.mean())
         return priced_bands(
-            theta, energy, still, order=recipe.block_order, price=price, per_group=geometry.per_group
+            theta, energy, still, order=recipe.block_order, price=price, per_group=geometry.per_group,
+            turn_all=recipe.turn_all,
         )  # fmt: skip
-    return choose_bands(theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle)
+    return choose_bands(
+        theta, finest=recipe.finest_block, order=recipe.block_order, band_angle=recipe.band_angle,
+        turn_all=recipe.turn_all,
+    )  # fmt: skip
 
 
 def prepare(geometry: Geometry, statistics: SiteStatistics, recipe: Recipe) -> Prepared:

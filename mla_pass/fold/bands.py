@@ -71,34 +71,40 @@ def residual(theta: float, block: int, order: int) -> float:
     return float((np.abs(np.exp(1j * theta * delta) - (a0 + 1j * a1 * delta)) ** 2).mean())
 
 
-def choose_bands(theta: np.ndarray, *, finest: int, order: int, band_angle: float) -> Bands:
-    """Block size and fit of every frequency in `theta` [R/2] (radians per row)."""
+def choose_bands(
+    theta: np.ndarray, *, finest: int, order: int, band_angle: float, turn_all: bool = False
+) -> Bands:  # fmt: skip
+    """Block size and fit of every frequency in `theta` [R/2] (radians per row).
+
+    One that turns too far within the finest block is not turned, or with `turn_all` row by row.
+    """
     block = np.zeros(len(theta), dtype=np.int64)
     for i, t in enumerate(np.abs(theta)):
         size = finest
         while size * LEVEL_RATIO <= max(COARSEST_BLOCK, finest) and size * LEVEL_RATIO * t <= band_angle:
             size *= LEVEL_RATIO
         # A block of one row is exact at any angle.
-        block[i] = size if size == 1 or size * t <= MAX_ANGLE[order] else 0
+        block[i] = size if size == 1 or size * t <= MAX_ANGLE[order] else int(turn_all)
     return laid_out(theta, block, order)
 
 
 def priced_bands(
-    theta: np.ndarray, energy: np.ndarray, still: np.ndarray, *, order: int, price: float, per_group: int
+    theta: np.ndarray, energy: np.ndarray, still: np.ndarray, *, order: int, price: float, per_group: int,
+    turn_all: bool = False,
 ) -> Bands:  # fmt: skip
     """Block sizes that lose least when arithmetic has a price: a point of the best trade of one for the other.
 
     Of every frequency in `theta` [R/2] a block of B rows loses `energy` times the share :func:`residual`, and costs
     `price` times the products a row and head that its absorbed queries take, 2 * (1 + order) / B latent widths, or
     2 / `per_group` where its keys are decoded, once for so many heads. Not turning the pair loses energy times `still`
-    [R/2] and costs nothing.
+    [R/2] and costs nothing; with `turn_all` that is no choice.
     """
     cost = {size: 2 * (1 + order) / size if size > 1 else 2 / per_group for size in PRICED_BLOCKS}
     block = np.zeros(len(theta), dtype=np.int64)
     for i, (t, e) in enumerate(zip(np.abs(theta), energy, strict=True)):
         lost = [e * residual(float(t), size, order) + price * cost[size] for size in PRICED_BLOCKS]
         best = int(np.argmin(lost))
-        block[i] = PRICED_BLOCKS[best] if lost[best] < e * still[i] else 0
+        block[i] = PRICED_BLOCKS[best] if turn_all or lost[best] < e * still[i] else 0
     return laid_out(theta, block, order)
 
 

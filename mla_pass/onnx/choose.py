@@ -230,7 +230,14 @@ def recipes(config: MlaConfig) -> list[Recipe]:
         return [Recipe(rope_mode=config.rope_mode, metric_mix=mix)]
     if config.finest_block is not None:
         return [
-            Recipe(finest_block=config.finest_block, block_order=order, band_angle=config.band_angle, metric_mix=mix)
+            Recipe(
+                finest_block=config.finest_block, block_order=order, band_angle=config.band_angle, metric_mix=mix,
+                turn_all=config.turn_all,
+            )
             for order in orders
-        ]
-    return [Recipe(block_order=order, band_price=price, metric_mix=mix) for order in orders for price in PRICES]
+        ]  # fmt: skip
+    return [
+        Recipe(block_order=order, band_price=price, metric_mix=mix, turn_all=config.turn_all)
+        for order in orders
+        for price in PRICES
+    ]

@@ -42,6 +42,33 @@ class Conversion:
     absorption: Absorption
     row: RowFormat
 
+    @property
+    def behind_norm(self) -> bool:
+        """Whether keys or values are no linear function of the hidden state, so that rows are encoded from them."""
+        site = self.site
+        return bool(site.key.norm or site.value.norm) or site.key.projection.x is not site.value.projection.x
+
+    def row_projection(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows from the hidden state: weight [E, r + p] and bias, of a site that is not `behind_norm`."""
+        site, w = self.site, self.weights
+        weight, bias, split = np.zeros(()), w.encode_bias, site.kv_groups * site.head_dim
+        for branch, encode in ((site.key, w.encode[:, :split]), (site.value, w.encode[:, split:])):
+            weight = weight + branch.projection.weight.read() @ encode.T
+            if branch.projection.bias is not None:
+                bias = bias + encode @ branch.projection.bias.read()
+        return weight, bias
+
+    def output_projection(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The block's output from the operator's context: weight [H*V (or H*w), E] and bias, means of values included."""
+        site, mean = self.site, self.weights.value_mean
+        if self.absorption.value_up:
+            return self.absorption.fold_output(site, self.weights)
+        weight, bias = site.output.weight.read(), None if site.output.bias is None else site.output.bias.read()
+        if mean.any():
+            moved = np.repeat(mean, site.heads // site.kv_groups, axis=0).reshape(-1) @ weight
+            bias = moved if bias is None else bias + moved
+        return weight, bias
+
 
 class Emitter:
     """Rewrites one model in place. With `shared_buffer` present has the shape of past, else it is longer by S rows."""
@@ -94,7 +121,7 @@ class Emitter:
         total = self.total_length(site, latent, front)
         variant = self.variant(conversion)
         inputs = [
-            self.query(ops, conversion), self.row(ops, site, weights), latent, rope, *self.rope_tables(site.rope),
+            self.query(ops, conversion), self.row(ops, conversion), latent, rope, *self.rope_tables(site.rope),
             site.rope.positions, total,
             site.mask.padding if variant.padding else None, self.bias(ops, site) if variant.bias else None,
             *self.up_projections(conversion),
@@ -112,22 +139,17 @@ class Emitter:
         self.graph.register_initializer(value)
         return value
 
-    def row(self, ops: Ops, site: AttentionSite, w: LatentWeights) -> ir.Value:
+    def row(self, ops: Ops, conversion: Conversion) -> ir.Value:
         """The new cached row [B, S, r + p], its rope part not yet rotated."""
+        site, w = conversion.site, conversion.weights
         prefix = f"{site.name}.latent_proj"
-        if site.key.norm is None and site.value.norm is None and site.key.projection.x is site.value.projection.x:
-            x, bias = site.key.projection.x, w.encode_bias
-            split = site.kv_groups * site.head_dim
-            weight = np.zeros(())
-            for branch, encode in ((site.key, w.encode[:, :split]), (site.value, w.encode[:, split:])):
-                weight = weight + branch.projection.weight.read() @ encode.T
-                if branch.projection.bias is not None:
-                    bias = bias + encode @ branch.projection.bias.read()
-        else:
-            # Behind a norm keys are no linear function of the hidden state: encode the graph's own keys and values.
+        if conversion.behind_norm:
             x = ops("Concat", flat(ops, site.key), flat(ops, site.value), axis=2)
             weight, bias = w.encode.T, w.encode_bias
-        product = ops("MatMul", x, self.constant(f"{prefix}.weight", np.asarray(weight), site.dtype))
+        else:
+            x = site.key.projection.x
+            weight, bias = conversion.row_projection()
+        product = ops("MatMul", x, self.constant(f"{prefix}.weight", weight, site.dtype))
         return ops("Add", product, self.constant(f"{prefix}.bias", bias, site.dtype))
 
     def query(self, ops: Ops, conversion: Conversion) -> ir.Value:

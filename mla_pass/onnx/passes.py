@@ -39,7 +39,8 @@ class MlaPass(ir.passes.InPlacePass):
     `token_ids`: a function that gives calibration text as one stream of ids, called once the model is known to be
     convertible; it is told how many tokens are wanted. `written` gives what the model writes itself, so many rows of so
     many tokens; without it the text stands alone. After a run `report` tells what was done, `settled` with which
-    configuration, and `calibration` what calibration saw: given to another pass over the same model it spares step 3.
+    configuration, `conversions` each block's weights, and `calibration` what calibration saw: given to another pass
+    over the same model it spares step 3.
     Raises MlaPassError and leaves the model as it was when any step before the last fails.
     """
 
@@ -55,6 +56,7 @@ class MlaPass(ir.passes.InPlacePass):
         self.calibration = calibration
         self.notes: list[str] = []
         self.settled: MlaConfig | None = None
+        self.conversions: tuple[Conversion, ...] = ()
         self.report: Report | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -77,7 +79,7 @@ class MlaPass(ir.passes.InPlacePass):
             own = f", {self.calibration.written} of them written by the model" if self.calibration.written else ""
             notes.append(f"Excess loss on {count} held-out windows of {length} tokens{own}: {settled.excess}.")
         notes += self.rewrite(model, conversions, positions)
-        self.settled = settled.config
+        self.settled, self.conversions = settled.config, tuple(conversions)
         self.report = Report(tuple(layers), tuple(str(r) for r in refusals), sites[0].dtype, tuple(notes))
         return ir.passes.PassResult(model, modified=True)
 

@@ -106,24 +106,7 @@ class _Node:
             return latent
         keys = latent @ self.given["key_up"].transpose(1, 2) + self.given["key_mean"][:, None]
         bands, still = self.bands(keys)
-        return torch.cat([turn(bands, *self.factor()), still], -1) if bands.shape[-1] else still
-
-    def factor(self) -> tuple[Tensor, Tensor]:
-        """exp(j theta centre) (a0 + j a1 delta) for every row and band pair, real and imaginary [T, m].
-
-        `centre` is the middle of a row's block and may lie between two rows of the tables: theta is read off their
-        row 1, exact while it is below pi radians per position.
-        """
-        cos, sin = self.given["cos"], self.given["sin"]
-        columns = list(self.a["band_index"])
-        block, a0, a1 = (torch.tensor(self.a[name], device=cos.device) for name in ("band_block", "band_a0", "band_a1"))
-        first = torch.div(self.rows[:, None], block, rounding_mode="floor") * block
-        middle = (block - 1).to(cos.dtype) / 2
-        phase = middle * torch.atan2(sin[1:2, columns].sum(0), cos[1:2, columns].sum(0))
-        slope = a1.to(cos.dtype) * ((self.rows[:, None] - first).to(cos.dtype) - middle)
-        fit_re, fit_im = turned(a0.to(cos.dtype), slope, torch.cos(phase), torch.sin(phase))
-        index = torch.tensor(columns, device=cos.device)
-        return turned(fit_re, fit_im, cos[first, index], sin[first, index])
+        return torch.cat([turn(bands, *band_factor(self.a, self.given["cos"], self.given["sin"], self.rows)), still], -1) if bands.shape[-1] else still
 
     def mask(self) -> tuple[bool, Tensor | None]:
         """Whether attention is causal, and what else hides a key (boolean) or moves its score."""
@@ -139,6 +122,23 @@ class _Node:
         if bias is not None:
             keep = bias if keep is None else bias.masked_fill(~keep, -torch.inf)
         return bool(self.a["causal"]), keep
+
+
+def band_factor(a: Mapping[str, Any], cos: Tensor, sin: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(j theta centre) (a0 + j a1 delta) for every row and band pair, real and imaginary [T, m].
+
+    `centre` is the middle of a row's block and may lie between two rows of the tables: theta is read off their row 1,
+    exact while it is below pi radians per position.
+    """
+    columns = list(a["band_index"])
+    block, a0, a1 = (torch.tensor(a[name], device=cos.device) for name in ("band_block", "band_a0", "band_a1"))
+    first = torch.div(rows[:, None], block, rounding_mode="floor") * block
+    middle = (block - 1).to(cos.dtype) / 2
+    phase = middle * torch.atan2(sin[1:2, columns].sum(0), cos[1:2, columns].sum(0))
+    slope = a1.to(cos.dtype) * ((rows[:, None] - first).to(cos.dtype) - middle)
+    fit_re, fit_im = turned(a0.to(cos.dtype), slope, torch.cos(phase), torch.sin(phase))
+    index = torch.tensor(columns, device=cos.device)
+    return turned(fit_re, fit_im, cos[first, index], sin[first, index])
 
 
 def turned(re: Tensor, im: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

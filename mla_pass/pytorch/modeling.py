@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -171,6 +171,15 @@ class LatentModelMixin:
         self.base_model.register_forward_pre_hook(_with_latent_cache, with_kwargs=True)  # type: ignore[attr-defined]
         self.base_model._mla_pass_blocks = self.latent_blocks, config.mla["max_positions"]  # type: ignore[attr-defined]
 
+    def latent_cache(self, max_cache_len: int | None = None) -> LatentCache:
+        """An empty cache for this model; static with `max_cache_len`, growing without."""
+        return latent_cache(self.base_model, max_cache_len)  # type: ignore[attr-defined]
+
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> LatentCache:
+        """What generate() asks for a static cache; as large as any before, so that nothing is compiled anew."""
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
+        return self.latent_cache(self._previous_max_cache_length)
+
 
 def read_blocks(config: Any) -> tuple[BlockSpec, ...]:
     """The converted blocks that a configuration describes. Raises MlaPassError when it describes none."""
@@ -188,26 +197,36 @@ def _with_latent_cache(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, An
     """Give the decoder a cache of latent rows, in place of none or of one that holds nothing yet."""
     if decoder.training:
         raise MlaPassError("latent attention serves inference, and this model is in training mode; call model.eval()")
-    given, (blocks, positions) = kwargs.get("past_key_values"), decoder._mla_pass_blocks
-    if not isinstance(given, Cache) or not all(isinstance(layer, LatentRows) for layer in given.layers):
-        limit = None
-        if given is not None:
-            if not isinstance(given, Cache) or given.get_seq_length() > 0:
-                raise MlaPassError(
-                    f"this model keeps latent rows, and the {type(given).__name__} given holds keys and values; give "
-                    "none, or an empty one"
-                )
-            limit = given.get_max_length() if given.is_compileable else None
-        layers = [LatentLayer(block.operator, {}) for block in blocks]
-        fresh = LatentCache(layers, max_positions=positions, max_cache_len=limit)
-        if given is None:
-            given = fresh
-        else:
-            given.layers, given.layer_class_to_replicate = fresh.layers, None
+    given, (blocks, _) = kwargs.get("past_key_values"), decoder._mla_pass_blocks
+    if given is None:
+        given = latent_cache(decoder)
+    elif not all(isinstance(layer, LatentRows) for layer in given.layers) or not given.layers:
+        given.layers = _in_place_of(given, decoder).layers
+        given.layer_class_to_replicate = None
     if len(given.layers) != len(blocks):
         raise MlaPassError(f"the cache given has {len(given.layers)} layers, this model {len(blocks)}; give none")
     given.position_ids = kwargs.get("position_ids")
     return args, {**kwargs, "past_key_values": given}
+
+
+def latent_cache(decoder: Any, max_cache_len: int | None = None) -> LatentCache:
+    """An empty cache for a converted model; static with `max_cache_len`, growing without."""
+    blocks, positions = decoder._mla_pass_blocks
+    layers = [LatentLayer(block.operator, {}) for block in blocks]
+    return LatentCache(layers, max_positions=positions, max_cache_len=max_cache_len)
+
+
+def _in_place_of(given: Any, decoder: Any) -> LatentCache:
+    """Latent rows of the kind of a transformers cache. Raises MlaPassError unless it is empty, and of a kind we have."""
+    wide = [layer.get_max_length() for layer in given.layers if not layer.is_sliding] if type(given) is StaticCache else []
+    if type(given) not in (DynamicCache, StaticCache) or (type(given) is StaticCache and not wide):
+        raise MlaPassError(
+            f"this model keeps latent rows, and cannot tell what a {type(given).__name__} of this kind is to hold; give "
+            "model.latent_cache(max_cache_len), or none"
+        )
+    if given.get_seq_length() > 0:
+        raise MlaPassError("this model keeps latent rows, and the cache given holds keys and values; give an empty one")
+    return latent_cache(decoder, max(wide) if wide else None)
 
 
 # ---- the classes of a family, and what AutoConfig and AutoModelForCausalLM find
