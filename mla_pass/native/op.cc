@@ -6,12 +6,10 @@
 #include <vector>
 
 #include "attention.h"
+#include "export.h"
 #include "isa.h"
 #include "ort_api.h"
 #include "scratch.h"
-
-// Symbols that others may call; everything else is hidden.
-#define MLA_PASS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace mla_pass {
 namespace {

@@ -1,5 +1,5 @@
-// The kernels without ONNX Runtime, to run under sanitizers: random nodes against a plain float64 attention, threads of
-// its own, buffers that end where the tensors end, and random bad input that must be refused.
+// The kernels without ONNX Runtime, to run under sanitizers: random nodes against a plain float64 attention, the
+// library's own threads, buffers that end where the tensors end, and random bad input that must be refused.
 //
 //   mla_pass_driver [seconds] [seed]
 #include <atomic>
@@ -15,7 +15,9 @@
 #include <thread>
 
 #include "attention.h"
+#include "entry.h"
 #include "isa.h"
+#include "pool.h"
 #include "scratch.h"
 
 #define MLA_PASS_ISA scalar
@@ -371,18 +373,6 @@ struct Node {
   }
 };
 
-// Threads of the driver's own, so that ThreadSanitizer sees every access.
-void run_on_threads(void* self, std::size_t count, void (*task)(void*, std::size_t), void* user) {
-  std::atomic<std::size_t> next{0};
-  const auto work = [&] {
-    for (std::size_t i = next++; i < count; i = next++) task(user, i);
-  };
-  std::vector<std::thread> threads;
-  for (Index i = 1; i < *static_cast<Index*>(self); ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
-}
-
 void run_here(void*, std::size_t count, void (*task)(void*, std::size_t), void* user) {
   for (std::size_t i = 0; i < count; ++i) task(user, i);
 }
@@ -404,7 +394,7 @@ void check_node(Random& random, double tolerance) {
   }
   const Outputs outputs = {node.context.data.get(), node.present[0].data.get(), node.present[1].data.get()};
   Index workers = random.pick({1, 2, 3});
-  const Threads threads = {&workers, run_on_threads, workers};
+  const Threads threads = own_threads(workers);
   for (Index i = 0; const Isa* isa = usable_isa(i); ++i) {
     for (const Form form : {Form::absorbed, Form::expanded, Form::counted}) {
       run<T>(layout, size, node.in, outputs, *isa, form, threads);
@@ -415,6 +405,113 @@ void check_node(Random& random, double tolerance) {
       }
     }
   }
+}
+
+// A node through the C entry, its cache written in place: by several callers at once, who share the layout.
+struct Caller {
+  std::vector<MlaPassTensor> inputs;
+  MlaPassTensor context;
+  char message[256] = "";
+  int failed = 0;
+
+  template <class T>
+  Caller(Node<T>& node, const Sizes& size) : context(given(node.context.data.get(), static_cast<int>(type_of<T>()))) {
+    for (const Tensor& tensor : node.in) {
+      inputs.push_back(given(const_cast<void*>(tensor.data), tensor.given ? tensor.type : 0));
+      inputs.back().rank = static_cast<std::int32_t>(tensor.rank);
+      std::copy(tensor.dims.begin(), tensor.dims.end(), inputs.back().dims);
+    }
+    context.rank = 3;
+    context.dims[0] = size.batch;
+    context.dims[1] = size.fresh;
+    context.dims[2] = size.heads * size.value_dim;
+  }
+
+  static MlaPassTensor given(void* data, int type) { return {data, type, 0, {}}; }
+  void call(void* layout) { failed = mla_pass_attend(layout, inputs.data(), &context, 3, message, sizeof message); }
+};
+
+// What it points to is `a`'s.
+MlaPassAttributes as_entry(const Attributes& a) {
+  const auto count = [](const auto& values) { return static_cast<std::int64_t>(values.size()); };
+  const auto ints = [&](const auto& values) { return MlaPassInts{values.data(), count(values)}; };
+  const auto floats = [&](const auto& values) { return MlaPassFloats{values.data(), count(values)}; };
+  return {a.num_heads, a.kv_groups, a.rank, a.key_rank, a.value_offset, a.rope_dim, a.nope_dim, a.split,
+          a.local_window_size, a.causal, a.shared_buffer, ints(a.rope_index), ints(a.band_index), ints(a.band_block),
+          floats(a.band_a0), floats(a.band_a1), a.scale, a.softcap};
+}
+
+template <class T>
+void check_entry(Random& random, double tolerance) {
+  const Random before = random;
+  constexpr int kCallers = 3;
+  std::vector<Node<T>> nodes;
+  for (int i = 0; i < kCallers; ++i) {
+    random = before;  // the same node, in memory of its own
+    nodes.emplace_back(random);
+  }
+  char message[256] = "";
+  const MlaPassAttributes attributes = as_entry(nodes[0].a);
+  void* layout = mla_pass_layout(&attributes, message, sizeof message);
+  if ((layout != nullptr) != (nodes[0].a.shared_buffer != 0)) fail(std::string("a layout, or none: ") + message);
+  if (layout == nullptr) return;
+  const Sizes size = checked(checked(nodes[0].a), nodes[0].in, type_of<T>());
+  std::vector<Caller> callers;
+  std::vector<std::thread> threads;
+  for (Node<T>& node : nodes) {
+    node.context.template fill<T>(
+        std::vector<double>(static_cast<std::size_t>(size.batch * size.fresh * size.heads * size.value_dim), NAN));
+    callers.emplace_back(node, size);
+  }
+  for (Caller& caller : callers) threads.emplace_back([&caller, layout] { caller.call(layout); });
+  for (std::thread& thread : threads) thread.join();
+  mla_pass_layout_free(layout);
+  for (int i = 0; i < kCallers; ++i) {
+    Node<T>& node = nodes[static_cast<std::size_t>(i)];
+    if (callers[static_cast<std::size_t>(i)].failed) fail(callers[static_cast<std::size_t>(i)].message);
+    std::swap(node.present[0], node.buffer[kPastLatent]);
+    std::swap(node.present[1], node.buffer[kPastRope]);
+    const double error = node.error(size, random);
+    if (!(error < tolerance)) fail("through the entry: error " + std::to_string(error));
+  }
+}
+
+// Callers at once, tasks that call again, tasks that throw: every task of a job that throws nothing runs once.
+void check_pool(Random& random) {
+  struct Work {
+    std::vector<std::atomic<int>> ran;
+    std::size_t thrower;
+    Index workers;
+  };
+  const auto task = [](void* user, std::size_t i) {
+    auto& work = *static_cast<Work*>(user);
+    if (i % 8 == 5) std::this_thread::sleep_for(std::chrono::microseconds(50));  // the last to end may be any thread's
+    ++work.ran[i];
+    if (i == work.thrower) throw std::runtime_error("thrown");
+    const auto inner = [](void* count, std::size_t) { ++*static_cast<std::atomic<int>*>(count); };
+    if (i % 8 == 3) run_on_own(&work.workers, 2, inner, &work.ran[i]);
+  };
+  const auto call = [&](std::size_t count, bool throws, Index workers) {
+    Work work = {std::vector<std::atomic<int>>(count), throws ? count / 2 : count, workers};
+    bool thrown = false;
+    try {
+      run_on_own(&work.workers, count, task, &work);
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    if (thrown != throws) fail("an exception that was lost or made up");
+    for (std::size_t i = 0; i < count && !throws; ++i) {
+      if (work.ran[i] != (i % 8 == 3 ? 3 : 1)) fail("a task that ran " + std::to_string(work.ran[i]) + " times");
+    }
+  };
+  std::vector<std::thread> callers;
+  for (Index i = 1 + random.below(3); i > 0; --i) {
+    const auto count = static_cast<std::size_t>(random.pick({1, 2, 9, 100}));
+    callers.emplace_back([&call, count, throws = random.chance(0.3), workers = random.pick({1, 2, 4})] {
+      for (int repeat = 0; repeat < 20; ++repeat) call(count, throws, workers);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
 }
 
 // Change one dimension, type or value of one input: it must be refused, or be harmless.
@@ -499,6 +596,9 @@ int main(int count, char** arguments) {
     check_node<float>(random, 2e-4);
     check_node<Half>(random, 2e-3);
     check_node<Bfloat>(random, 1.2e-2);
+    check_pool(random);
+    check_entry<float>(random, 2e-4);
+    check_entry<Bfloat>(random, 1.2e-2);
     for (int i = 0; i < 20; ++i) {
       check_refusal<float>(random);
       check_refusal<Half>(random);
