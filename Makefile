@@ -53,7 +53,8 @@ typecheck: $(VENV)/.installed-test
 	rm -rf build/typecheck
 	mkdir -p build/typecheck/mla_pass
 	ln -s $(CURDIR)/mla_pass/* $(CURDIR)/patterns $(CURDIR)/export build/typecheck/mla_pass/
-	cd build/typecheck && $(abspath $(bin))/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p mla_pass
+	ln -s $(CURDIR)/mla_retrofit build/typecheck/
+	cd build/typecheck && $(abspath $(bin))/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p mla_pass -p mla_retrofit
 
 $(bin)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("mla_pass needs Python 3.11 or later: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mla_pass.convert import explain as explain
     from mla_pass.onnx.passes import MlaPass as MlaPass
     from mla_pass.onnx.session import session as session
+    from mla_pass.pytorch.cache import LatentCache as LatentCache
+    from mla_pass.pytorch.convert import convert_checkpoint as convert_checkpoint
     from mla_pass.pytorch.heal import heal as heal
     from mla_pass.pytorch.healing import HealConfig as HealConfig
     from mla_pass.pytorch.healing import Healing as Healing
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "HealConfig", "Healing", "MlaConfig", "MlaPass", "MlaPassError", "Result", "__version__", "convert", "explain",
-    "export", "heal", "session",
+    "HealConfig", "Healing", "LatentCache", "MlaConfig", "MlaPass", "MlaPassError", "Result", "__version__", "convert",
+    "convert_checkpoint", "explain", "export", "heal", "session",
 ]  # fmt: skip
 
 # patterns/ and export/ install inside this package but lie beside it in the repository. Imported from a checkout,
@@ -44,10 +46,12 @@ if not (_here / "patterns").is_dir() and (_here.parent / "patterns").is_dir():
 _HOME = {
     "HealConfig": "mla_pass.pytorch.healing",
     "Healing": "mla_pass.pytorch.healing",
+    "LatentCache": "mla_pass.pytorch.cache",
     "MlaConfig": "mla_pass.config",
     "MlaPass": "mla_pass.onnx.passes",
     "Result": "mla_pass.convert",
     "convert": "mla_pass.convert",
+    "convert_checkpoint": "mla_pass.pytorch.convert",
     "explain": "mla_pass.convert",
     "heal": "mla_pass.pytorch.heal",
     "session": "mla_pass.onnx.session",

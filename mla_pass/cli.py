@@ -117,8 +117,13 @@ def _site_json(site: "AttentionSite") -> dict[str, Any]:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     default = MlaConfig()
-    parser.add_argument("model", type=Path, help="model.onnx or its folder")
+    parser.add_argument("model", type=Path, help="model.onnx, its folder, or the folder of a Hugging Face checkpoint")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument(
+        "--format", choices=("onnx", "hf", "both"),
+        help="of a checkpoint: what to write, a checkpoint (the default), ONNX, or both, the ONNX folder within",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights of --format hf")
     parser.add_argument("--budget", type=float, help=f"size of the new cache, 0 to 1 of the old ({default.budget})")
     parser.add_argument(
         "--max-loss", type=float, metavar="NATS",
@@ -177,13 +182,33 @@ def _convert(arguments: argparse.Namespace) -> int:
     calibrate = arguments.calibrate if arguments.calibrate == "self" else Path(arguments.calibrate)
     known = Calibration.load(arguments.stats) if arguments.stats and arguments.stats.exists() else None
     with _Progress() as progress:
-        result = mla_pass.convert(arguments.model, config, calibrate=calibrate, calibration=known, progress=progress)
+        given = {"calibrate": calibrate, "calibration": known, "progress": progress}
+        result: Any
+        if _is_checkpoint(arguments):
+            from mla_pass.pytorch.convert import convert_checkpoint
+
+            result = convert_checkpoint(arguments.model, config, dtype=arguments.dtype, **given)
+        else:
+            result = mla_pass.convert(arguments.model, config, **given)
     if arguments.stats and known is None:
         result.calibration.save(arguments.stats)
     if not arguments.dry_run:
-        result.save(arguments.out, bundle=arguments.bundle)
+        told = {"format": arguments.format or "hf"} if _is_checkpoint(arguments) else {}
+        result.save(arguments.out, bundle=arguments.bundle, **told)
     data = {"out": None if arguments.dry_run else str(arguments.out), "report": result.report.to_json()}
     return _show(arguments, data, result.report.text(would=arguments.dry_run))
+
+
+def _is_checkpoint(arguments: argparse.Namespace) -> bool:
+    """Whether the model is a Hugging Face checkpoint and no ONNX model."""
+    folder: Path = arguments.model
+    found = (folder / "config.json").is_file() and not any(folder.glob("*.onnx"))
+    if not found and (arguments.format not in (None, "onnx") or arguments.dtype is not None):
+        raise MlaPassError(
+            f"{folder} is no Hugging Face checkpoint; --format {arguments.format or 'hf'} and --dtype are for one: give "
+            "the folder that the ONNX model was exported from"
+        )
+    return found
 
 
 def _config(arguments: argparse.Namespace) -> MlaConfig:

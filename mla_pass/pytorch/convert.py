@@ -27,6 +27,8 @@ from mla_pass.report import Report
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
 
+FORMATS = ("hf", "onnx", "both")
+ONNX_FOLDER = "onnx"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,29 +54,40 @@ class TorchResult:
         """What calibration saw."""
         return self.result.calibration
 
-    def save(self, out: str | Path) -> Path:
-        """Write the checkpoint folder `out`, whole or not at all.
+    def save(self, out: str | Path, *, format: str = "hf", bundle: bool = False) -> Path:
+        """Write the folder `out`, whole or not at all: ``hf`` a checkpoint, ``onnx`` what `Result.save` writes (with
+        `bundle`), ``both`` a checkpoint that has the latter in its folder `ONNX_FOLDER`.
 
         Raises MlaPassError when `out` is taken or cannot be written, or the model does not come up from it.
         """
+        if format not in FORMATS:
+            raise MlaPassError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+        if format == "onnx":
+            return self.result.save(out, bundle=bundle)
+        with new_folder(out) as folder:
+            self.write(folder)
+            if format == "both":
+                self.result.save(folder / ONNX_FOLDER, bundle=bundle)
+        return Path(out)
+
+    def write(self, folder: Path) -> None:
+        """Fill a folder that is there."""
         from mla_pass.pytorch.modeling import latent_classes
 
         dtype = DTYPES[self.dtype]
         positions = int(self.result.model.metadata_props[MAX_POSITION_KEY])
-        with new_folder(out) as folder:
-            copy_companions(self.source, folder)
-            write_model(self.source, self.conversions, dtype, positions, folder)
-            if all(self.turned(conversion) for conversion in self.conversions):
-                write_cache(self.conversions, dtype, folder)
-            record = {"config": self.result.config.to_json(), "report": self.report.to_json()}
-            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            latent_classes(read_config(self.source)["model_type"])
-            check(folder)
-        return Path(out)
+        copy_companions(self.source, folder)
+        write_model(self.source, self.conversions, dtype, positions, folder)
+        if all(self.turned(conversion) for conversion in self.conversions):
+            write_cache(self.conversions, dtype, folder)
+        record = {"config": self.result.config.to_json(), "report": self.report.to_json()}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        latent_classes(read_config(self.source)["model_type"])
+        check(folder)
 
     def save_onnx(self, out: str | Path, *, bundle: bool = False) -> Path:
         """Write the same conversion as an ONNX folder; see `Result.save`."""
-        return self.result.save(out, bundle=bundle)
+        return self.save(out, format="onnx", bundle=bundle)
 
     @staticmethod
     def turned(conversion: Conversion) -> bool:

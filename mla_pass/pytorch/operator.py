@@ -25,7 +25,7 @@ from mla_pass import native
 from mla_pass.errors import MlaPassError
 from mla_pass.native.kernel import Layout, Operand
 from mla_pass.pytorch.latent import latent_attention as expanded
-from mla_pass.pytorch.rows import decode, write_rows
+from mla_pass.pytorch.rows import check_room, decode, write_rows
 
 
 @torch.library.custom_op("mla_pass::latent_attention", mutates_args=("latent", "rope"))
@@ -139,7 +139,10 @@ def _by_torch(operands: list[Tensor | None], attributes: str, *, causal: bool) -
     """In float32, over a cache that ends with the new rows; these are then put where they belong."""
     query, latent, rope, total = operands[0], operands[2], operands[3], operands[7]
     assert query is not None and latent is not None and rope is not None and total is not None  # they are required
+    cos = operands[4]
+    assert cos is not None  # likewise
     end, new = int(total), query.shape[1]
+    check_room(latent, cos, end)
     pasts = [x[:, :, : end - new] for x in (latent, rope)]
     read = {**_read(attributes), "causal": int(causal), "shared_buffer": 0}
     wide = [x if x is None or not x.is_floating_point() else x.float() for x in operands]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_pass.errors import MlaPassError
 from mla_pass.pytorch.latent import band_factor, decoded, encoded, turn, turned
 
 
@@ -20,8 +21,12 @@ def write_rows(
     a: Mapping[str, Any], key: Tensor, value: Tensor, latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor,
     position_ids: Tensor, total: int, encode: Tensor, encode_bias: Tensor,
 ) -> None:  # fmt: skip
-    """Encode rotated keys [B, G, S, D] and values [B, G, S, V] into rows total-S..total-1 of the cache."""
+    """Encode rotated keys [B, G, S, D] and values [B, G, S, V] into rows total-S..total-1 of the cache.
+
+    Raises MlaPassError when there is no room for them.
+    """
     new = key.shape[2]
+    check_room(latent, cos, total)
     angles = cos[position_ids], sin[position_ids]  # [B or 1, S, R/2]
     still = unrotated(key.float(), a, *angles)
     y = torch.cat([x.transpose(1, 2).flatten(2) for x in (still, value.float())], -1)  # [B, S, N]
@@ -32,6 +37,16 @@ def write_rows(
     for buffer, part in ((latent, c), (rope, rho)):
         packed = part if buffer.dtype.is_floating_point else encoded(part, buffer.dtype)
         buffer[:, 0, total - new : total] = packed.to(buffer.dtype)
+
+
+def check_room(latent: Tensor, cos: Tensor, total: int) -> None:
+    """Raises MlaPassError when `total` rows are more than the cache or the rotary table has."""
+    for name, most in (("the cache holds", latent.shape[2]), ("the rotary table reaches", cos.shape[0])):
+        if total > most:
+            raise MlaPassError(
+                f"LatentAttention: {total} rows with the new tokens, but {name} {most}; make a larger cache, or "
+                "generate less"
+            )
 
 
 def decode(
