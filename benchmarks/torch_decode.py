@@ -30,8 +30,9 @@ CASES = {
 
 
 def load(folder: Path) -> Any:
-    import mla_pass.pytorch.modeling  # noqa: F401  registers the format
     from transformers import AutoModelForCausalLM
+
+    import mla_pass.pytorch.modeling  # noqa: F401  registers the format
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -67,7 +68,8 @@ def run(case: str, original: Path, converted: Path, past: int, batch: int, steps
     fill(model, cache, batch, past)
     if backend == "mla_pass":
         from mla_pass.pytorch.backend import mla_pass as backend  # type: ignore[assignment]
-    step, token, times = torch.compile(model, backend=backend, fullgraph=True), torch.ones(batch, 1, dtype=torch.int64), []
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    token, times = torch.ones(batch, 1, dtype=torch.int64), []
     with torch.no_grad():
         for number in range(steps + 3):
             began = time.perf_counter()
@@ -75,7 +77,8 @@ def run(case: str, original: Path, converted: Path, past: int, batch: int, steps
             if number >= 3:
                 times.append(time.perf_counter() - began)
     cached = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
-    return {"step": statistics.median(times), "cache": cached, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"step": statistics.median(times), "cache": cached, "peak": peak}
 
 
 def main() -> int:
@@ -91,7 +94,8 @@ def main() -> int:
     if given.case:
         print(json.dumps(run(given.case, given.original, given.converted, given.past[0], given.batch[0], given.steps)))
         return 0
-    print(f"{torch.get_num_threads()} threads, float32\n{'':24}{'past':>6}{'batch':>6}{'ms/step':>9}{'times':>7}{'cache MB':>10}{'peak MB':>9}")
+    print(f"{torch.get_num_threads()} threads, float32")
+    print(f"{'':24}{'past':>6}{'batch':>6}{'ms/step':>9}{'times':>7}{'cache MB':>10}{'peak MB':>9}")
     for batch in given.batch:
         for past in given.past:
             table(given, past, batch)
@@ -104,8 +108,8 @@ def table(given: argparse.Namespace, past: int, batch: int) -> None:
     for _ in range(given.repeats):
         for case in CASES:
             command = [
-                sys.executable, __file__, str(given.original), str(given.converted), "--case", case, "--past", str(past),
-                "--batch", str(batch), "--steps", str(given.steps),
+                sys.executable, __file__, str(given.original), str(given.converted), "--case", case,
+                "--past", str(past), "--batch", str(batch), "--steps", str(given.steps),
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

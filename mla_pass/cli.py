@@ -26,9 +26,11 @@ from mla_pass.config import (
     RopeMode,
 )
 from mla_pass.errors import MlaPassError
+from mla_pass.progress import Progress
 
 if TYPE_CHECKING:
     from mla_pass.site import AttentionSite
+    from mla_pass.statistics import Calibration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,11 +119,12 @@ def _site_json(site: "AttentionSite") -> dict[str, Any]:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     default = MlaConfig()
-    parser.add_argument("model", type=Path, help="model.onnx, its folder, or the folder of a Hugging Face checkpoint")
+    parser.add_argument("model", type=Path, help="model.onnx, its folder, or a Hugging Face checkpoint's")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument(
-        "--format", choices=("onnx", "hf", "both"),
-        help="of a checkpoint: what to write, a checkpoint (the default), ONNX, or both, the ONNX folder within",
+        "--format", choices=("onnx", "hf", "both", "deepseek_v3"),
+        help="of a checkpoint: what to write, a checkpoint (the default), ONNX, both, the ONNX folder within, or one "
+        "that transformers loads as DeepSeek-V3 without mla_pass",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights of --format hf")
     parser.add_argument("--budget", type=float, help=f"size of the new cache, 0 to 1 of the old ({default.budget})")
@@ -181,7 +184,9 @@ def _convert(arguments: argparse.Namespace) -> int:
             native.library_path()  # likewise
     calibrate = arguments.calibrate if arguments.calibrate == "self" else Path(arguments.calibrate)
     known = Calibration.load(arguments.stats) if arguments.stats and arguments.stats.exists() else None
-    with _Progress() as progress:
+    if arguments.format == "deepseek_v3" and _is_checkpoint(arguments):
+        return _convert_to_deepseek(arguments, config, calibrate, known)
+    with Progress() as progress:
         given = {"calibrate": calibrate, "calibration": known, "progress": progress}
         result: Any
         if _is_checkpoint(arguments):
@@ -199,14 +204,31 @@ def _convert(arguments: argparse.Namespace) -> int:
     return _show(arguments, data, result.report.text(would=arguments.dry_run))
 
 
+def _convert_to_deepseek(
+    arguments: argparse.Namespace, config: MlaConfig, calibrate: "str | Path", known: "Calibration | None"
+) -> int:
+    from mla_pass.pytorch.convert import convert_to_deepseek
+
+    for wrong in ("bundle", "dry_run", "dtype"):
+        if getattr(arguments, wrong):
+            arguments.usage_error(f"--format deepseek_v3 goes without --{wrong.replace('_', '-')}")
+    with Progress() as progress:
+        report, found = convert_to_deepseek(
+            arguments.model, arguments.out, config, calibrate=calibrate, calibration=known, progress=progress
+        )
+    if arguments.stats and known is None:
+        found.save(arguments.stats)
+    return _show(arguments, {**vars(report), "path": str(report.path)}, report.text())
+
+
 def _is_checkpoint(arguments: argparse.Namespace) -> bool:
     """Whether the model is a Hugging Face checkpoint and no ONNX model."""
     folder: Path = arguments.model
     found = (folder / "config.json").is_file() and not any(folder.glob("*.onnx"))
     if not found and (arguments.format not in (None, "onnx") or arguments.dtype is not None):
         raise MlaPassError(
-            f"{folder} is no Hugging Face checkpoint; --format {arguments.format or 'hf'} and --dtype are for one: give "
-            "the folder that the ONNX model was exported from"
+            f"{folder} is no Hugging Face checkpoint; --format {arguments.format or 'hf'} and --dtype are for one: "
+            "give the folder that the ONNX model was exported from"
         )
     return found
 
@@ -273,7 +295,7 @@ def _heal(arguments: argparse.Namespace) -> int:
     text = arguments.text if arguments.text == "self" else Path(arguments.text)
     folders = (arguments.original, arguments.converted, arguments.out)
     try:
-        with _Progress() as progress:
+        with Progress() as progress:
             healing = mla_pass.heal(
                 *folders, text=text, config=config, resume=arguments.resume, device=arguments.device, progress=progress
             )
@@ -404,36 +426,3 @@ def _env(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace, data: Any, text: str) -> int:
     print(json.dumps(data, indent=2) if arguments.json else text)
     return 0
-
-
-class _Progress:
-    """Stages of a long run on stderr: a bar on a terminal, a line a stage elsewhere."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: Any = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._open(stage, total)
-        self._bar.update(done - self._bar.n)
-
-    def _open(self, stage: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._close()
-        self._stage = stage
-        terminal = sys.stderr.isatty()
-        if not terminal:
-            print(stage, file=sys.stderr)
-        self._bar = tqdm(desc=stage, total=total, file=sys.stderr, disable=not terminal)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -97,17 +97,25 @@ def convert(
     stated = graph.metadata_props.get(MAX_POSITION_KEY)
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))
-    told = None if progress is None else partial(progress, "writing calibration text")
-    tokens, origin = (no_text, "no text") if calibration else token_source(source, calibrate, config, told)
-    beside = None if source is None or is_self(calibrate) else partial(self_written, source, progress=told)
-    rewriting = MlaPass(
-        config, tokens, progress=progress, origin=origin, calibration=calibration,
-        written=beside,
-    )  # fmt: skip
+    rewriting = planned(source, config, calibrate=calibrate, calibration=calibration, progress=progress)
     rewriting.call(graph)
     assert rewriting.report and rewriting.settled and rewriting.calibration  # call returned
     folder = source.parent if source else None
     return Result(graph, rewriting.report, rewriting.settled, folder, rewriting.calibration, rewriting.conversions)
+
+
+def planned(
+    source: Path | None, config: MlaConfig, *, calibrate: str | Path | np.ndarray, calibration: Calibration | None,
+    progress: Progress | None,
+) -> MlaPass:
+    """The pass over the model file `source` (None: one in memory), with its calibration text; nothing is run yet."""
+    told = None if progress is None else partial(progress, "writing calibration text")
+    tokens, origin = (no_text, "no text") if calibration else token_source(source, calibrate, config, told)
+    beside = None if source is None or is_self(calibrate) else partial(self_written, source, progress=told)
+    return MlaPass(
+        config, tokens, progress=progress, origin=origin, calibration=calibration,
+        written=beside,
+    )  # fmt: skip
 
 
 def no_text(count: int) -> np.ndarray:

@@ -36,7 +36,7 @@ def cut_windows(ids: np.ndarray, context: int, tokens: int, needed: int, origin:
     if context < 2 or (count - 1) * context < needed:
         raise MlaPassError(
             f"calibration text too short: {origin} has {len(ids)} tokens, but this model needs at least "
-            f"{needed + max(context, 2)}; give a longer text, or calibrate on 'self'"
+            f"{needed + max(context, 2)}; give a longer text, or let the model write it: calibrate on 'self'"
         )
     return ids[: count * context].reshape(count, context)
 

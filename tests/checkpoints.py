@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.families import FAMILIES, VOCAB, _session_folder
+from tests.families import FAMILIES, VOCAB, _session_folder, exported
 
 CONTEXT = 64
 
@@ -65,7 +65,7 @@ def converted(family: str, budget: float = 0.6, **options: Any) -> Converted:
         "budget": budget, "calibrate_tokens": 2048, "calibrate_context": CONTEXT, "metric": "output",
         "metric_mix": 0.1, **options,
     })  # fmt: skip
-    result = convert_checkpoint(made.source, config, calibrate=text())
+    result = convert_checkpoint(made.source, config, calibrate=text(), exported=exported(family))
     result.save(made.checkpoint)
     result.save_onnx(made.onnx)
     return made

@@ -228,7 +228,7 @@ def test_model_in_memory_is_left_as_it_is(tmp_path: Path) -> None:
     model.config.attn_logit_softcapping = 5.0
     assert model.config._attn_implementation == "sdpa"
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    prepared = hf._prepare(model, "float16")
+    prepared = hf.prepared(model, "float16")
     assert not prepared.training and prepared.config._attn_implementation == "eager"
     assert model.training and model.config._attn_implementation == "sdpa"
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -352,7 +352,7 @@ def test_output_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def traced() -> Any:
-    return hf._trace(hf._prepare(FAMILIES["llama"](), "float32"), 18)
+    return hf._trace(hf.prepared(FAMILIES["llama"](), "float32"), 18)
 
 
 def test_disk_that_fills_up(tmp_path: Path, traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:

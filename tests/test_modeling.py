@@ -28,7 +28,7 @@ def test_padded_batch_equals_the_converted_graph(family: str) -> None:
         np.testing.assert_allclose(logits.numpy()[seen], right[seen], atol=2e-5 * np.abs(right).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_at_full_size_nothing_changes(family: str) -> None:
     made, (ids, mask, positions) = converted(family, 1.0), padded()
     with torch.no_grad():
@@ -39,7 +39,10 @@ def test_at_full_size_nothing_changes(family: str) -> None:
     torch.testing.assert_close(found[seen], right[seen], rtol=0, atol=2e-5 * float(right.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{"rope_mode": "extend"}, {"rope_mode": "repeat", "budget": 0.8}, {"absorb": "always"}])
+MODES = [{"rope_mode": "extend"}, {"rope_mode": "repeat", "budget": 0.8}, {"absorb": "always"}]
+
+
+@pytest.mark.parametrize("options", MODES)
 def test_other_modes_equal_the_converted_graph(options: dict[str, Any]) -> None:
     options = dict(options)
     made, (ids, mask, positions) = converted("llama", options.pop("budget", 0.6), **options), padded()
@@ -157,7 +160,7 @@ def test_folders_of_another_version_are_refused(tmp_path: Path) -> None:
 def test_sources_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
     from mla_pass.pytorch.convert import convert_checkpoint
 
-    with pytest.raises(MlaPassError, match="config.json cannot be read"):
+    with pytest.raises(MlaPassError, match="holds no config.json"):
         convert_checkpoint(tmp_path, calibrate=text())
     folder = shutil.copytree(source("llama"), tmp_path / "bare")
     (folder / "model.safetensors").unlink()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mla_pass import MlaConfig, MlaPassError, convert
+from mla_pass.onnx.passes import MlaPass
 from mla_pass.windows import HELD_OUT, cut_windows, hold_out, mixed
 from tests.families import exported
 
@@ -64,3 +65,18 @@ def test_a_model_that_cannot_write_says_how_to_do_without(monkeypatch: pytest.Mo
         convert(exported("llama", 18, "float32"), MlaConfig(calibrate_context=40), calibrate=np.full(20000, 5))
     with pytest.raises(MlaPassError, match="calibrate_self must lie in"):
         MlaConfig(calibrate_self=1.5)
+
+
+def test_a_model_that_writes_all_of_the_text_is_asked_for_all_of_it() -> None:
+    """Also where it caches so many numbers a token that calibration needs more text than was asked for."""
+    for needed in (100, 9000):
+        config = MlaConfig(calibrate_tokens=1024, calibrate_context=64)
+        asked: list[int] = []
+
+        def write(count: int, asked: list[int] = asked) -> np.ndarray:
+            asked.append(count)
+            return np.arange(count)
+
+        windows, own = MlaPass(config, write).windows(needed, share=0.5)
+        assert own == 0 and windows.shape[1] == 64
+        assert windows.size >= asked[0] - 64 >= max(needed, 1024)

@@ -138,8 +138,8 @@ class MlaPass(ir.passes.InPlacePass):
         """
         context = self.config.calibrate_context
         count = -(-max(self.config.calibrate_tokens, needed) // context) + HELD_OUT
-        own = round(share * count)
-        wanted = max((count - own) * context, needed)
+        own = 0 if self.written is None else round(share * count)
+        wanted = max((count - own) * context, needed + context)  # one window of them may be held out
         given = cut_windows(self.token_ids(wanted), context, wanted, needed, self.origin)
         if self.written is None or own == 0:
             return given, 0

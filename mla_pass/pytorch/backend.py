@@ -5,8 +5,8 @@ values, over which it attends. In its graph that operator and the attention behi
 
     k, v = latent_update(key, value, cache ...)   [expand, reshape]   scaled_dot_product_attention(query, k, v, mask)
 
-and give way to ``mla_pass::latent_attention``: the query is turned back and pulled through the up-projections, and meets
-the rows as they lie. The rest goes to another backend, inductor unless `options` says otherwise:
+and give way to ``mla_pass::latent_attention``: the query is turned back and pulled through the up-projections, and
+meets the rows as they lie. The rest goes to another backend, inductor unless `options` says otherwise:
 
     torch.compile(model, backend="mla_pass", options={"backend": "eager"})
 """
@@ -54,11 +54,12 @@ def mla_pass(
     """
     remaining = dict(options or {})
     inner = _inner(remaining.pop("backend", INNER))
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
-        if _calls(graph, ops.latent_update) or _calls(graph, ops.latent_attention):
-            raise MlaPassError("latent attention serves inference; call the compiled model under torch.no_grad()")
-    fused = fuse(graph)
-    if not fused and not _calls(graph, ops.latent_attention):
+    ours = _calls(graph, ops.latent_update) or _calls(graph, ops.latent_attention)
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    if ours and wanted:
+        raise MlaPassError("latent attention serves inference; call the compiled model under torch.no_grad()")
+    fuse(graph)
+    if not ours:
         log.warning(
             "nothing to shrink: this graph has no LatentCache among its inputs, so it is compiled by %s as it is; pass "
             "past_key_values=LatentCache.from_pretrained(folder, model=model)", _name(inner),

@@ -164,7 +164,7 @@ class LatentRows(CacheLayerMixin):
 
 
 class StaticLatentRows(LatentRows):
-    """Rows in a buffer of a fixed number of them: nothing changes its shape, so that a compiled step fits all others."""
+    """Rows in a buffer of a fixed number of them: nothing changes its shape, so one compiled step fits all."""
 
     is_compileable = True
 
@@ -229,6 +229,8 @@ class LatentCache(Cache):
         """
         if max_cache_len is not None and not 1 <= max_cache_len <= max_positions:
             raise MlaPassError(f"max_cache_len must lie in 1..{max_positions}, the model's limit; got {max_cache_len}")
+        if offloading and not torch.cuda.is_available():
+            raise MlaPassError("offloading keeps rows on the CPU for a model on a GPU, and torch finds none here")
         rows: list[CacheLayerMixin]
         if max_cache_len is None:
             rows = [LatentRows(layer, max_positions) for layer in layers]
@@ -266,7 +268,9 @@ class LatentCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """See `Cache.update`. Raises MlaPassError for another model's tensors, and for a batch that is not heard."""
         if layer_idx >= len(self.layers):
-            raise MlaPassError(f"this cache has {len(self.layers)} layers, the model more: give the model it was made of")
+            raise MlaPassError(
+                f"this cache has {len(self.layers)} layers, the model more: give the model it was made of"
+            )
         if key_states.shape[0] > 1 and not self.hears:
             raise MlaPassError(
                 "a batch may be padded, and where its tokens stand only the model knows; make the cache with "

@@ -9,17 +9,21 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mla_pass.config import MlaConfig
-from mla_pass.convert import RECORD, Progress, Result, convert
+from mla_pass.convert import RECORD, Progress, Result, convert, planned
 from mla_pass.errors import MlaPassError
 from mla_pass.export.hf import export_hf
-from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder
+from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder, require_free
+from mla_pass.export.tracing import locate
 from mla_pass.onnx.emit import Conversion
 from mla_pass.onnx.io import load_model
+from mla_pass.onnx.passes import check_calibration
+from mla_pass.onnx.session import model_path
 from mla_pass.patterns import find_sites
 from mla_pass.pytorch.folder import read_config, weight_files, write_cache, write_model
 from mla_pass.pytorch.spec import by_layer_number
@@ -29,6 +33,9 @@ from mla_pass.statistics import Calibration
 
 FORMATS = ("hf", "onnx", "both")
 ONNX_FOLDER = "onnx"
+if TYPE_CHECKING:
+    from mla_pass.pytorch.deepseek import DeepseekReport
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -99,15 +106,16 @@ class TorchResult:
 def convert_checkpoint(
     source: str | Path, config: MlaConfig | None = None, *, dtype: str | None = None,
     calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, exported: str | Path | None = None,
 ) -> TorchResult:  # fmt: skip
     """Convert the Hugging Face model folder `source`; arguments as `mla_pass.convert` takes them.
 
     `dtype`: of the weights that are written, by default the source's. Every pair of the keys keeps its rotation, so
-    that a `LatentCache` can serve the original, unless `config` asks for another rope_mode.
+    that a `LatentCache` can serve the original, unless `config` asks for another rope_mode. `exported` is a folder that
+    `export_hf` made of the same checkpoint; without it one is made for the time being.
     Raises MlaPassError when the model or the request cannot be served.
     """
-    folder = Path(source)
+    folder = locate(str(source))
     config = config or MlaConfig()
     if config.partial:
         raise MlaPassError("a checkpoint is converted whole or not at all; leave partial out, or write ONNX")
@@ -119,11 +127,40 @@ def convert_checkpoint(
         raise MlaPassError(f"dtype {wanted!r} is not offered: choose one of {', '.join(DTYPES)}")
     weight_files(folder)  # what is not there is better told before the work
     place = tempfile.TemporaryDirectory(prefix="mla_pass_")
-    if progress is not None:
-        progress("exporting", 0, 1)
-    exported = export_hf(folder, Path(place.name) / "onnx")
+    if exported is None:
+        if progress is not None:
+            progress("exporting", 0, 1)
+        exported = export_hf(folder, Path(place.name) / "onnx")
     result = convert(exported, config, calibrate=calibrate, calibration=calibration, progress=progress)
-    return TorchResult(folder, result, whole(exported, result), wanted, place)
+    return TorchResult(folder, result, whole(Path(exported), result), wanted, place)
+
+
+def convert_to_deepseek(
+    source: str | Path, out: str | Path, config: MlaConfig | None = None, *,
+    calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> tuple[DeepseekReport, Calibration]:  # fmt: skip
+    """Convert the Hugging Face model folder `source` to a stock ``deepseek_v3`` folder `out`; see `save_deepseek`.
+
+    Arguments as `mla_pass.convert` takes them; rope_mode is `extend`, whatever `config` says, for nothing else fits.
+    Raises MlaPassError when the model or the request cannot be served.
+    """
+    from mla_pass.pytorch.deepseek import save_deepseek
+
+    require_free(out)
+    config = replace(config or MlaConfig(), rope_mode="extend")
+    with tempfile.TemporaryDirectory(prefix="mla_pass_") as place:
+        if progress is not None:
+            progress("exporting", 0, 1)
+        exported = model_path(export_hf(source, Path(place) / "onnx"))
+        graph = load_model(exported)
+        work = planned(exported, config, calibrate=calibrate, calibration=calibration, progress=progress)
+        sites, _ = work.readable(graph)
+        found = calibration or work.observe(graph, sites)
+        check_calibration(found, sites)
+        if progress is not None:
+            progress("writing and proving the checkpoint", 0, 1)
+        return save_deepseek(sites, found.sites, config, source, out), found
 
 
 def whole(exported: Path, result: Result) -> tuple[Conversion, ...]:

@@ -1,7 +1,8 @@
 """A converted checkpoint on disk.
 
     config.json            the original's, with "model_type": "mla_pass" and what the conversion made under "mla"
-    model-*.safetensors    the original's weights but for those of attention; latent-*.safetensors those of latent attention
+    model-*.safetensors    the original's weights but for those of attention
+    latent-*.safetensors   those of latent attention
     latent_cache.safetensors   what a `LatentCache` needs beside the unmodified original
     modeling_mla_pass.py   lets trust_remote_code find mla_pass
     mla_pass.json          configuration and report; tokenizer and generation settings go along
@@ -89,8 +90,8 @@ def load_layers(folder: Path) -> tuple[list[LatentLayer], int]:
         )
     if told.get("format_version") != FORMAT_VERSION:
         raise MlaPassError(
-            f"{folder} is of format version {told.get('format_version')}; this mla_pass reads {FORMAT_VERSION}: convert "
-            "the model again"
+            f"{folder} is of format version {told.get('format_version')}; this mla_pass reads {FORMAT_VERSION}: "
+            "convert the model again"
         )
     specs = [LayerSpec.from_json(block["spec"]) for block in told["blocks"]]
     maps: dict[int, dict[str, Tensor]] = {spec.layer: {} for spec in specs}
@@ -163,7 +164,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise MlaPassError(f"{folder}/config.json cannot be read ({error}); expected a Hugging Face model folder") from error
+        raise MlaPassError(
+            f"{folder}/config.json cannot be read ({error}); expected a Hugging Face model folder"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

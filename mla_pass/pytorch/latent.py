@@ -21,7 +21,11 @@ _CODED = {getattr(torch, coded.element.name): coded for coded in CODED.values()}
 
 
 def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Context [B, S, H*V] and both presents; differentiable in every floating-point operand."""
+    """Context [B, S, H*V] and both presents; differentiable in every floating-point operand.
+
+    Where total_length is left out the cache grows and sizes alone decide: no number is looked at, so that it can be
+    traced.
+    """
     given = dict(zip(INPUTS, operands, strict=False))
     node = _Node({name: x for name, x in given.items() if x is not None}, attributes)
     return node.run()
@@ -33,7 +37,8 @@ class _Node:
     def __init__(self, given: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
         self.given, self.a = given, attributes
         self.batch, self.new = given["query"].shape[:2]
-        self.total = int(given["total_length"])
+        self.by_sizes = "total_length" not in given
+        self.total = given["past_latent"].shape[2] + self.new if self.by_sizes else int(given["total_length"])
         self.rows = torch.arange(self.total, device=given["query"].device)
 
     def run(self) -> tuple[Tensor, ...]:
@@ -62,13 +67,13 @@ class _Node:
         """
         past = self.given[name]
         before = past[:, :, : self.total - self.new]
-        after = past[:, :, self.total :] if self.a["shared_buffer"] else past[:, :, :0]
+        after = [past[:, :, self.total :]] if self.a["shared_buffer"] else []
         if past.dtype.is_floating_point:
-            present = torch.cat([before, new, after], 2)
-            return present[:, :, : self.total], present
+            present = torch.cat([before, new.to(past.dtype), *after], 2)
+            return present[:, :, : self.total].to(new.dtype), present
         rows = encoded(new.detach(), past.dtype)
         seen = new + (decoded(rows, new.dtype) - new).detach()
-        return torch.cat([decoded(before, new.dtype), seen], 2), torch.cat([before, rows, after], 2)
+        return torch.cat([decoded(before, new.dtype), seen], 2), torch.cat([before, rows, *after], 2)
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, S, p/2] of the new tokens' cached rotation."""
@@ -106,22 +111,26 @@ class _Node:
             return latent
         keys = latent @ self.given["key_up"].transpose(1, 2) + self.given["key_mean"][:, None]
         bands, still = self.bands(keys)
-        return torch.cat([turn(bands, *band_factor(self.a, self.given["cos"], self.given["sin"], self.rows)), still], -1) if bands.shape[-1] else still
+        if not bands.shape[-1]:
+            return still
+        factor = band_factor(self.a, self.given["cos"], self.given["sin"], self.rows)
+        return torch.cat([turn(bands, *factor), still], -1)
 
     def mask(self) -> tuple[bool, Tensor | None]:
         """Whether attention is causal, and what else hides a key (boolean) or moves its score."""
-        given, window = self.given, self.a["local_window_size"]
-        keep: Tensor | None = None
-        if window > 0:
-            keep = self.rows[self.total - self.new :, None] - self.rows < window
+        given, window, causal = self.given, self.a["local_window_size"], bool(self.a["causal"])
+        back = self.rows[self.total - self.new :, None] - self.rows
+        keep: Tensor | None = back < window if window > 0 else None
+        if causal and self.by_sizes:
+            keep, causal = back >= 0 if keep is None else keep & (back >= 0), False
         padding = given.get("padding_mask")
-        if padding is not None and not bool(padding.all()):
+        if padding is not None and (self.by_sizes or not bool(padding.all())):
             seen = padding.bool()[:, None, None]
             keep = seen if keep is None else keep & seen
         bias = given.get("attention_bias")
         if bias is not None:
             keep = bias if keep is None else bias.masked_fill(~keep, -torch.inf)
-        return bool(self.a["causal"]), keep
+        return causal, keep
 
 
 def band_factor(a: Mapping[str, Any], cos: Tensor, sin: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

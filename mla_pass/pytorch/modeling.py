@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained("latent/")
 
 The class is made when a folder names its family: a subclass of whatever transformers has for it, so that embeddings,
-norms, MLPs, experts and generate() stay as they are. `config.json` says ``"model_type": "mla_pass"``, which transformers
-alone refuses to load.
+norms, MLPs, experts and generate() stay as they are. `config.json` says ``"model_type": "mla_pass"``, which
+transformers alone refuses to load.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class LatentAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
         past_key_values: Any = None, position_ids: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """Output [B, S, E] of hidden states [B, S, E]. Raises MlaPassError for a mask that is no tensor [B, H, S, T]."""
+        """Output [B, S, E] of hidden states [B, S, E]. Raises MlaPassError for a mask that is no [B, H, S, T]."""
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             raise MlaPassError(
                 f"latent attention got a {type(attention_mask).__name__} for a mask; load the model with "
@@ -217,15 +217,18 @@ def latent_cache(decoder: Any, max_cache_len: int | None = None) -> LatentCache:
 
 
 def _in_place_of(given: Any, decoder: Any) -> LatentCache:
-    """Latent rows of the kind of a transformers cache. Raises MlaPassError unless it is empty, and of a kind we have."""
-    wide = [layer.get_max_length() for layer in given.layers if not layer.is_sliding] if type(given) is StaticCache else []
-    if type(given) not in (DynamicCache, StaticCache) or (type(given) is StaticCache and not wide):
+    """Rows of the kind of a transformers cache. Raises MlaPassError unless it is empty, and of a kind we have."""
+    static = type(given) is StaticCache
+    wide = [layer.get_max_length() for layer in given.layers if not layer.is_sliding] if static else []
+    if type(given) not in (DynamicCache, StaticCache) or (static and not wide):
         raise MlaPassError(
-            f"this model keeps latent rows, and cannot tell what a {type(given).__name__} of this kind is to hold; give "
-            "model.latent_cache(max_cache_len), or none"
+            f"this model keeps latent rows, and cannot tell what a {type(given).__name__} of this kind is to hold; "
+            "give model.latent_cache(max_cache_len), or none"
         )
     if given.get_seq_length() > 0:
-        raise MlaPassError("this model keeps latent rows, and the cache given holds keys and values; give an empty one")
+        raise MlaPassError(
+            "this model keeps latent rows, and the cache given holds keys and values; give an empty one"
+        )
     return latent_cache(decoder, max(wide) if wide else None)
 
 

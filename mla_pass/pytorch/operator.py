@@ -1,11 +1,11 @@
 """LatentAttention as operators of torch: opaque to torch.compile, computed by the op library on the CPU.
 
     mla_pass::latent_attention   writes the new rows into the cache, attends over it, decodes the values
-    mla_pass::latent_update      writes the new rows, and hands back decoded keys and values for somebody else's attention
+    mla_pass::latent_update      writes the new rows, hands back decoded keys and values for another's attention
 
-Operands are those of `mla_pass.onnx.body`, the cache a shared buffer that is written in place; `attributes` is the JSON
-text of the operator's attributes (`mla_pass.pytorch.spec.operator_json`). A mask [B or 1, 1 or H, S, T or more], boolean
-(False hides) or added to the scores, stands in for padding mask and bias alike.
+Operands are those of `mla_pass.onnx.body`, the cache a shared buffer that is written in place; `attributes` is the
+JSON text of the operator's attributes (`mla_pass.pytorch.spec.operator_json`). A mask [B or 1, 1 or H, S, T or more],
+boolean (False hides) or added to the scores, stands in for padding mask and bias alike.
 
 On the CPU the op library's kernel computes `latent_attention`, the same that ONNX Runtime runs, on as many threads as
 torch is told to use. Elsewhere, and where the library is not built, torch's own operators do (`mla_pass env` tells
@@ -15,7 +15,8 @@ which).
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+import logging
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from mla_pass.errors import MlaPassError
 from mla_pass.native.kernel import Layout, Operand
 from mla_pass.pytorch.latent import latent_attention as expanded
 from mla_pass.pytorch.rows import check_room, decode, write_rows
+
+log = logging.getLogger(__name__)
 
 
 @torch.library.custom_op("mla_pass::latent_attention", mutates_args=("latent", "rope"))
@@ -42,8 +45,10 @@ def latent_attention(
     bias = None if mask is None else added(mask, int(total), query)
     maps = (query_map, key_up, key_mean, value_up)
     operands = [query, row, latent, rope, cos, sin, position_ids, total, None, bias, *maps]
-    if query.device.type == "cpu" and native.find_library() is not None:
-        return _by_kernel(operands, attributes, causal=mask is None)
+    if query.device.type == "cpu":
+        if native.find_library() is not None:
+            return _by_kernel(operands, attributes, causal=mask is None)
+        _say_that_it_is_slow()
     return _by_torch(operands, attributes, causal=mask is None)
 
 
@@ -151,6 +156,15 @@ def _by_torch(operands: list[Tensor | None], attributes: str, *, causal: bool) -
     for buffer, present in zip((latent, rope), presents, strict=True):
         buffer[:, :, end - new : end] = present[:, :, end - new :]
     return context.to(query.dtype)
+
+
+@cache
+def _say_that_it_is_slow() -> None:
+    """Once."""
+    log.warning(
+        "the op library is not built, so torch's own operators compute latent attention, several times slower: install "
+        "a C++ compiler and install mla_pass again"
+    )
 
 
 @lru_cache(maxsize=4096)
