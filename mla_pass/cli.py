@@ -187,7 +187,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.format == "deepseek_v3" and _is_checkpoint(arguments):
         return _convert_to_deepseek(arguments, config, calibrate, known)
     with Progress() as progress:
-        given = {"calibrate": calibrate, "calibration": known, "progress": progress}
+        given: dict[str, Any] = {"calibrate": calibrate, "calibration": known, "progress": progress}
         result: Any
         if _is_checkpoint(arguments):
             from mla_pass.pytorch.convert import convert_checkpoint

@@ -65,7 +65,8 @@ class Result:
             if self.config.layout == "genai":
                 write_genai_config(folder, self.model, None if library is None else library.name)
             # ONNX Runtime's CPU has no bfloat16 arithmetic: such a model is checked where it can run.
-            if self.report.dtype != "bfloat16" and not np.isfinite(session(folder).logits([[0, 0, 0]])).all():
+            computes = self.conversions[0].site.dtype != "bfloat16"
+            if computes and not np.isfinite(session(folder).logits([[0, 0, 0]])).all():
                 raise MlaPassError("the converted model's logits are not finite; nothing was written")
         return Path(out)
 
@@ -73,7 +74,7 @@ class Result:
 def convert(
     model: str | Path | ir.Model, config: MlaConfig | None = None, *,
     calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, dtype: str | None = None,
 ) -> Result:  # fmt: skip
     """Convert a GQA model (a folder, an .onnx file, or an onnx_ir model, which is left as it is) to latent attention.
 
@@ -81,6 +82,7 @@ def convert(
     tokenizer reads it) or token ids in .npy; an array is token ids. The model writes some beside it
     (`MlaConfig.calibrate_self`). An onnx_ir model has no folder: it takes an array, and nothing beside.
     The `calibration` of an earlier Result of the same model stands in for the text, whatever the budget.
+    `dtype` is what the model's own cache is of, and the budget counted in, where the graph computes in another type.
     Raises MlaPassError when the model or the request cannot be served.
     """
     config = config or MlaConfig()
@@ -97,7 +99,7 @@ def convert(
     stated = graph.metadata_props.get(MAX_POSITION_KEY)
     if stated and int(stated) < config.calibrate_context:
         config = replace(config, calibrate_context=int(stated))
-    rewriting = planned(source, config, calibrate=calibrate, calibration=calibration, progress=progress)
+    rewriting = planned(source, config, calibrate=calibrate, calibration=calibration, progress=progress, dtype=dtype)
     rewriting.call(graph)
     assert rewriting.report and rewriting.settled and rewriting.calibration  # call returned
     folder = source.parent if source else None
@@ -106,7 +108,7 @@ def convert(
 
 def planned(
     source: Path | None, config: MlaConfig, *, calibrate: str | Path | np.ndarray, calibration: Calibration | None,
-    progress: Progress | None,
+    progress: Progress | None, dtype: str | None = None,
 ) -> MlaPass:
     """The pass over the model file `source` (None: one in memory), with its calibration text; nothing is run yet."""
     told = None if progress is None else partial(progress, "writing calibration text")
@@ -114,7 +116,7 @@ def planned(
     beside = None if source is None or is_self(calibrate) else partial(self_written, source, progress=told)
     return MlaPass(
         config, tokens, progress=progress, origin=origin, calibration=calibration,
-        written=beside,
+        written=beside, dtype=dtype,
     )  # fmt: skip
 
 

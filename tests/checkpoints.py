@@ -54,20 +54,24 @@ def source(family: str) -> Path:
 
 
 @functools.cache
-def converted(family: str, budget: float = 0.6, **options: Any) -> Converted:
-    """`options` go into MlaConfig. Read the folders, never write to them."""
+def converted(family: str, budget: float = 0.6, dtype: str | None = None, **options: Any) -> Converted:
+    """`options` go into MlaConfig; with `dtype` there is a checkpoint of that type alone, and no ONNX.
+
+    Read the folders, never write to them.
+    """
     from mla_pass.config import MlaConfig
     from mla_pass.pytorch.convert import convert_checkpoint
 
-    name = "-".join([family, str(budget), *map(str, options.values())])
+    name = "-".join([family, str(budget), str(dtype), *map(str, options.values())])
     made = Converted(source(family), *(_session_folder() / f"{name}-{kind}" for kind in ("hf", "onnx")))
     config = MlaConfig(**{
         "budget": budget, "calibrate_tokens": 2048, "calibrate_context": CONTEXT, "metric": "output",
         "metric_mix": 0.1, **options,
     })  # fmt: skip
-    result = convert_checkpoint(made.source, config, calibrate=text(), exported=exported(family))
+    result = convert_checkpoint(made.source, config, calibrate=text(), exported=exported(family), dtype=dtype)
     result.save(made.checkpoint)
-    result.save_onnx(made.onnx)
+    if dtype is None:
+        result.save_onnx(made.onnx)
     return made
 
 

@@ -170,3 +170,17 @@ def test_sources_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
         convert_checkpoint(source("llama"), dtype="int4", calibrate=text())
     with pytest.raises(MlaPassError, match="converted whole or not at all"):
         convert_checkpoint(source("llama"), mla_pass.MlaConfig(partial=True), calibrate=text())
+
+
+def test_a_budget_is_of_the_checkpoints_own_bytes() -> None:
+    """Converted in float32 or not, the cache of a 16-bit model has 2 bytes a number, and so has that of its rows."""
+    made = converted("llama", cache_dtype="int8", dtype="bfloat16")
+    model, plain = load(made.checkpoint), load(made.source, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        found, right = (m(padded(1)[0], use_cache=True).past_key_values for m in (model, plain))
+    after, before = (
+        sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+        for cache in (found, right)
+    )
+    assert 0.5 * before < after <= 0.6 * before

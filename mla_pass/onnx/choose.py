@@ -56,11 +56,12 @@ class Chooser:
 
     def __init__(
         self, model: ir.Model, sites: Sequence[AttentionSite], calibration: Calibration, positions: int,
-        progress: Progress,
+        progress: Progress, *, dtype: str | None = None,
     ) -> None:  # fmt: skip
-        """`positions`: rows of the rotary table in models that are tried out."""
+        """`positions`: rows of the rotary table in models that are tried out. `dtype`: what the model is stored in,
+        where that is not what its graph computes in."""
         self.model, self.sites, self.calibration = model, sites, calibration
-        self.positions, self.progress = positions, progress
+        self.positions, self.progress, self.dtype = positions, progress, dtype
         self._probe: Probe | None = None
         self._tried: dict[MlaConfig, Excess] = {}
         self._last: tuple[MlaConfig, list[Conversion]] | None = None
@@ -70,7 +71,7 @@ class Chooser:
         """Fold every site as `config` says, its mix given or the usual one."""
         if self._last is not None and self._last[0] == config:
             return self._last[1]
-        formats = [row_format(site.dtype, config) for site in self.sites]
+        formats = [row_format(self.dtype or site.dtype, config) for site in self.sites]
         splits = choose_splits(self.options(config), formats, config)
         self.progress("folding", 0, len(splits))
         conversions = []

@@ -59,7 +59,7 @@ class Conversion:
         return weight, bias
 
     def output_projection(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The block's output from the operator's context: weight [H*V (or H*w), E] and bias, means of values included."""
+        """The output from the operator's context: weight [H*V (or H*w), E] and bias, means of values included."""
         site, mean = self.site, self.weights.value_mean
         if self.absorption.value_up:
             return self.absorption.fold_output(site, self.weights)

@@ -47,13 +47,14 @@ class MlaPass(ir.passes.InPlacePass):
     def __init__(
         self, config: MlaConfig, token_ids: Callable[[int], np.ndarray], *, progress: Progress | None = None,
         origin: str = "the token ids", calibration: Calibration | None = None,
-        written: Callable[[int, int], np.ndarray] | None = None,
+        written: Callable[[int, int], np.ndarray] | None = None, dtype: str | None = None,
     ) -> None:  # fmt: skip
-        """`origin` names the calibration text in messages; `progress` hears (stage, done, total)."""
+        """`origin` names the calibration text in messages; `progress` hears (stage, done, total). `dtype`: what the
+        model's own cache is of, and budgets are counted in, where that is not what its graph computes in."""
         super().__init__()
         self.config, self.token_ids, self.origin, self.written = config, token_ids, origin, written
         self.progress: Progress = progress or (lambda stage, done, total: None)
-        self.calibration = calibration
+        self.calibration, self.dtype = calibration, dtype
         self.notes: list[str] = []
         self.settled: MlaConfig | None = None
         self.conversions: tuple[Conversion, ...] = ()
@@ -66,7 +67,7 @@ class MlaPass(ir.passes.InPlacePass):
             self.calibration = self.observe(model, sites)
         check_calibration(self.calibration, sites)
         positions, notes = self.positions(model)
-        chooser = Chooser(model, sites, self.calibration, positions, self.progress)
+        chooser = Chooser(model, sites, self.calibration, positions, self.progress, dtype=self.dtype)
         settled = chooser.settle(self.config)
         conversions = chooser.plan(settled.config)
         layers = [
@@ -80,7 +81,7 @@ class MlaPass(ir.passes.InPlacePass):
             notes.append(f"Excess loss on {count} held-out windows of {length} tokens{own}: {settled.excess}.")
         notes += self.rewrite(model, conversions, positions)
         self.settled, self.conversions = settled.config, tuple(conversions)
-        self.report = Report(tuple(layers), tuple(str(r) for r in refusals), sites[0].dtype, tuple(notes))
+        self.report = Report(tuple(layers), tuple(str(r) for r in refusals), self.dtype or sites[0].dtype, tuple(notes))
         return ir.passes.PassResult(model, modified=True)
 
     def readable(self, model: ir.Model) -> tuple[list[AttentionSite], list[Refusal]]:

@@ -110,9 +110,9 @@ def convert_checkpoint(
 ) -> TorchResult:  # fmt: skip
     """Convert the Hugging Face model folder `source`; arguments as `mla_pass.convert` takes them.
 
-    `dtype`: of the weights that are written, by default the source's. Every pair of the keys keeps its rotation, so
-    that a `LatentCache` can serve the original, unless `config` asks for another rope_mode. `exported` is a folder that
-    `export_hf` made of the same checkpoint; without it one is made for the time being.
+    `dtype`: of the weights that are written and of the cache, by default the source's. Every pair of the keys keeps its
+    rotation, so that a `LatentCache` can serve the original, unless `config` asks for another rope_mode. `exported` is
+    a folder that `export_hf` made of the same checkpoint; without it one is made for the time being.
     Raises MlaPassError when the model or the request cannot be served.
     """
     folder = locate(str(source))
@@ -131,7 +131,9 @@ def convert_checkpoint(
         if progress is not None:
             progress("exporting", 0, 1)
         exported = export_hf(folder, Path(place.name) / "onnx")
-    result = convert(exported, config, calibrate=calibrate, calibration=calibration, progress=progress)
+    result = convert(
+        exported, config, calibrate=calibrate, calibration=calibration, progress=progress, dtype=wanted
+    )  # fmt: skip
     return TorchResult(folder, result, whole(Path(exported), result), wanted, place)
 
 

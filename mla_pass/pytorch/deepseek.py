@@ -67,7 +67,8 @@ class DeepseekReport:
         lines = [
             f"{self.path}: deepseek_v3, {self.dtype}, {row} numbers a token and layer in place of {self.width} "
             f"({row / self.width:.3f}): latents of {self.rank}, a constant, and {self.rope_dims} rotated",
-            f"logits within {self.error:.1e} of the latents' own attention in float64; around attention {self.around:.1e}",
+            f"logits within {self.error:.1e} of the latents' own attention in float64; around attention "
+            f"{self.around:.1e}",
         ]
         return "\n".join([*lines, *self.notes])
 

@@ -70,7 +70,7 @@ def write_model(source: Path, conversions: Sequence[Conversion], dtype: torch.dt
 
 def write_cache(conversions: Iterable[Conversion], dtype: torch.dtype, folder: Path) -> None:
     """What `load_layers` reads."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for conversion in conversions:
         layer = latent_layer(conversion, dtype)
         tensors |= {f"{layer.spec.layer}.{name}": x for name, x in layer.maps.items()}
@@ -134,9 +134,11 @@ def block_of(conversion: Conversion) -> tuple[BlockSpec, dict[str, np.ndarray]]:
     given = {"query_map": not plan.query_map, "key_up": keys, "key_mean": keys, "value_up": not plan.value_up}
     tensors |= {name: getattr(w, name) for name, there in given.items() if there}
     block = BlockSpec(
-        layer_spec(conversion), query.shape[0], output.shape[1], query.shape[1], given["query_map"], keys,
-        given["value_up"], query_bias is not None, output_bias is not None, *(_epsilon(n) for n in norms.values()),
-        encoded, _bias(site.key) is not None and encoded, _bias(site.value) is not None and encoded,
+        layer_spec(conversion), hidden=query.shape[0], output=output.shape[1], query_width=query.shape[1],
+        query_map=given["query_map"], key_up=keys, value_up=given["value_up"], query_bias=query_bias is not None,
+        output_bias=output_bias is not None, query_norm=_epsilon(norms["query"]), key_norm=_epsilon(norms["key"]),
+        value_norm=_epsilon(norms["value"]), encoded=encoded,
+        key_bias=encoded and _bias(site.key) is not None, value_bias=encoded and _bias(site.value) is not None,
     )  # fmt: skip
     return block, tensors
 

@@ -164,7 +164,7 @@ class LatentModelMixin:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.latent_blocks = read_blocks(config)
         for block in self.latent_blocks:
             self.set_submodule(block.spec.name, LatentAttention(block))  # type: ignore[attr-defined]

@@ -93,7 +93,8 @@ class LayerSpec:
                 f"a block's description has fields {', '.join(sorted(names ^ set(data)))} missing or unknown; convert "
                 "the model again with this version of mla_pass"
             )
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in data.items()})
+        values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
