@@ -53,20 +53,24 @@ def source(family: str) -> Path:
     return folder
 
 
-@functools.cache
 def converted(family: str, budget: float = 0.6, dtype: str | None = None, **options: Any) -> Converted:
     """`options` go into MlaConfig; with `dtype` there is a checkpoint of that type alone, and no ONNX.
 
     Read the folders, never write to them.
     """
+    return _converted(family, budget, dtype, tuple(sorted(options.items())))
+
+
+@functools.cache
+def _converted(family: str, budget: float, dtype: str | None, options: tuple[tuple[str, Any], ...]) -> Converted:
     from mla_pass.config import MlaConfig
     from mla_pass.pytorch.convert import convert_checkpoint
 
-    name = "-".join([family, str(budget), str(dtype), *map(str, options.values())])
+    name = "-".join([family, str(budget), str(dtype), *(str(value) for _, value in options)])
     made = Converted(source(family), *(_session_folder() / f"{name}-{kind}" for kind in ("hf", "onnx")))
     config = MlaConfig(**{
         "budget": budget, "calibrate_tokens": 2048, "calibrate_context": CONTEXT, "metric": "output",
-        "metric_mix": 0.1, **options,
+        "metric_mix": 0.1, **dict(options),
     })  # fmt: skip
     result = convert_checkpoint(made.source, config, calibrate=text(), exported=exported(family), dtype=dtype)
     result.save(made.checkpoint)

@@ -225,7 +225,7 @@ class LatentCache(Cache):
     ) -> None:  # fmt: skip
         """`max_positions`: rows of the rotary tables; `max_cache_len`: rows of a static cache, None for a growing one.
 
-        Raises MlaPassError when keys cannot be handed back, see `LayerSpec.still`, or a size makes no sense.
+        Raises MlaPassError when a size makes no sense.
         """
         if max_cache_len is not None and not 1 <= max_cache_len <= max_positions:
             raise MlaPassError(f"max_cache_len must lie in 1..{max_positions}, the model's limit; got {max_cache_len}")
@@ -251,13 +251,6 @@ class LatentCache(Cache):
         from mla_pass.pytorch.folder import load_layers
 
         layers, max_positions = load_layers(Path(folder))
-        for layer in layers:
-            if layer.spec.still:
-                raise MlaPassError(
-                    f"{layer.spec.name}: {layer.spec.still} numbers of a key are left un-rotated in this conversion, "
-                    "which only an attention of our own can reckon with; load the folder as a model, or convert with "
-                    "turn_all"
-                )
         if model is not None:
             check_model(model, layers)
             hear(model)

@@ -26,7 +26,7 @@ from mla_pass.onnx.passes import check_calibration
 from mla_pass.onnx.session import model_path
 from mla_pass.patterns import find_sites
 from mla_pass.pytorch.folder import read_config, weight_files, write_cache, write_model
-from mla_pass.pytorch.spec import by_layer_number
+from mla_pass.pytorch.spec import by_layer_number, layer_spec
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
@@ -85,7 +85,7 @@ class TorchResult:
         positions = int(self.result.model.metadata_props[MAX_POSITION_KEY])
         copy_companions(self.source, folder)
         write_model(self.source, self.conversions, dtype, positions, folder)
-        if all(self.turned(conversion) for conversion in self.conversions):
+        if not any(layer_spec(conversion).still for conversion in self.conversions):
             write_cache(self.conversions, dtype, folder)
         record = {"config": self.result.config.to_json(), "report": self.report.to_json()}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -95,12 +95,6 @@ class TorchResult:
     def save_onnx(self, out: str | Path, *, bundle: bool = False) -> Path:
         """Write the same conversion as an ONNX folder; see `Result.save`."""
         return self.save(out, format="onnx", bundle=bundle)
-
-    @staticmethod
-    def turned(conversion: Conversion) -> bool:
-        """Whether keys can be handed back rotated: no pair of them is left un-rotated."""
-        site, w = conversion.site, conversion.weights
-        return w.nope_dim == 2 * len(w.bands.index) + site.head_dim - site.rope.rotary_dim or not w.nope_dim
 
 
 def convert_checkpoint(

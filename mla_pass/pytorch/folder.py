@@ -83,10 +83,15 @@ def load_layers(folder: Path) -> tuple[list[LatentLayer], int]:
     Raises MlaPassError when the folder holds no such thing, or cannot be read.
     """
     told = read_config(folder).get(KEY)
-    if not isinstance(told, dict) or not (folder / CACHE_FILE).is_file():
+    if not isinstance(told, dict):
         raise MlaPassError(
-            f"{folder} holds no converted checkpoint ({CACHE_FILE} and {KEY!r} in config.json); make one with mla-pass "
-            "convert --format hf"
+            f"{folder} holds no converted checkpoint ({KEY!r} in config.json); make one with mla-pass convert --format "
+            "hf"
+        )
+    if not (folder / CACHE_FILE).is_file():
+        raise MlaPassError(
+            f"{folder} has no {CACHE_FILE}: its conversion leaves numbers of a key un-rotated, which only an attention "
+            "of our own can reckon with; load the folder as a model, or convert without rope_mode"
         )
     if told.get("format_version") != FORMAT_VERSION:
         raise MlaPassError(
