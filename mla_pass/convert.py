@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +26,9 @@ from mla_pass.patterns import find_sites
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite, Refusal
 from mla_pass.statistics import Calibration
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 RECORD = "mla_pass.json"
 SELF_BATCH = 32
@@ -71,11 +75,26 @@ class Result:
         return Path(out)
 
 
+@overload
 def convert(
     model: str | Path | ir.Model, config: MlaConfig | None = None, *,
     calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
     progress: Progress | None = None, dtype: str | None = None,
-) -> Result:  # fmt: skip
+) -> Result: ...  # fmt: skip
+
+
+@overload
+def convert(
+    model: ExportedProgram, config: MlaConfig | None = None, *, calibrate: np.ndarray,
+    progress: Progress | None = None,
+) -> ExportedProgram: ...  # fmt: skip
+
+
+def convert(
+    model: str | Path | ir.Model | ExportedProgram, config: MlaConfig | None = None, *,
+    calibrate: str | Path | np.ndarray = "self", calibration: Calibration | None = None,
+    progress: Progress | None = None, dtype: str | None = None,
+) -> Result | ExportedProgram:  # fmt: skip
     """Convert a GQA model (a folder, an .onnx file, or an onnx_ir model, which is left as it is) to latent attention.
 
     `calibrate`: text to fit the latents to. "self" lets the model write it; a path is a text file (the folder's
@@ -83,9 +102,13 @@ def convert(
     (`MlaConfig.calibrate_self`). An onnx_ir model has no folder: it takes an array, and nothing beside.
     The `calibration` of an earlier Result of the same model stands in for the text, whatever the budget.
     `dtype` is what the model's own cache is of, and the budget counted in, where the graph computes in another type.
+    A ``torch.export.ExportedProgram`` with a flat cache (`mla_pass.export.fx.export_fx` makes one) is rewritten as one:
+    give `calibrate` token ids; what comes back is a program, see `mla_pass.pytorch.fx_convert.convert_exported`.
     Raises MlaPassError when the model or the request cannot be served.
     """
     config = config or MlaConfig()
+    if not isinstance(model, (str, Path, ir.Model)):
+        return _convert_program(model, config, calibrate, progress)
     if isinstance(model, ir.Model):
         if not isinstance(calibrate, np.ndarray) and calibration is None:
             raise MlaPassError("a model in memory has no tokenizer; give calibrate an array of token ids")
@@ -104,6 +127,21 @@ def convert(
     assert rewriting.report and rewriting.settled and rewriting.calibration  # call returned
     folder = source.parent if source else None
     return Result(graph, rewriting.report, rewriting.settled, folder, rewriting.calibration, rewriting.conversions)
+
+
+def _convert_program(
+    program: ExportedProgram, config: MlaConfig, calibrate: str | Path | np.ndarray, progress: Progress | None
+) -> ExportedProgram:
+    """An exported program, which has neither folder nor tokenizer."""
+    if type(program).__module__.partition(".")[0] != "torch":
+        raise MlaPassError(
+            f"cannot convert a {type(program).__name__}; give a folder, an .onnx file, an onnx_ir model or a "
+            "torch.export.ExportedProgram"
+        )
+    from mla_pass.pytorch.fx_convert import convert_exported
+
+    ids = calibrate if isinstance(calibrate, np.ndarray) else None
+    return convert_exported(program, config, calibrate=ids, progress=progress)
 
 
 def planned(

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mla_pass.site import AttentionSite, Branch, Handle, Mask, Norm, Projection, Refusal, Rope, Weight
-from mla_pass.view import EvaluationError, View, ancestors
+from mla_pass.view import EvaluationError, View, ancestors, view_of
 
 if TYPE_CHECKING:
     import onnx_ir
+    from torch.export import ExportedProgram
 
 TOLERANCE = 1e-4
 """Largest error, relative to the largest number, between a block run in float32 and the reference in float64."""
@@ -110,14 +111,14 @@ def _normed(norm: Norm, x: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the proof
 
 
-def admit(model: onnx_ir.Model, sites: Sequence[AttentionSite | Refusal]) -> list[AttentionSite | Refusal]:
+def admit(
+    model: onnx_ir.Model | ExportedProgram, sites: Sequence[AttentionSite | Refusal]
+) -> list[AttentionSite | Refusal]:
     """The same list, with every site whose block does not compute what was read turned into a Refusal.
 
-    Raises MlaPassError when ONNX Runtime is missing.
+    Raises MlaPassError when the graph's runtime is missing.
     """
-    from mla_pass.onnx.view import OnnxView
-
-    view = OnnxView.of(model)
+    view = view_of(model)
     return [site if isinstance(site, Refusal) else _admitted(view, site) for site in sites]
 
 
@@ -144,11 +145,9 @@ class _Trial:
     """Added to all positions, where the mask does not read them: slow frequencies show only far out."""
 
 
-def discrepancies(model: onnx_ir.Model, site: AttentionSite) -> list[Discrepancy]:
+def discrepancies(model: onnx_ir.Model | ExportedProgram, site: AttentionSite) -> list[Discrepancy]:
     """How far a block is from what was read, for every value compared and all trials. Raises EvaluationError."""
-    from mla_pass.onnx.view import OnnxView
-
-    return _discrepancies(OnnxView.of(model), site)
+    return _discrepancies(view_of(model), site)
 
 
 def _admitted(view: View, site: AttentionSite) -> AttentionSite | Refusal:
@@ -181,7 +180,7 @@ def _trials(site: AttentionSite) -> list[_Trial]:
 
 
 class _Block:
-    """One block, cut out of its graph and opened in ONNX Runtime, and the reference beside it."""
+    """One block, cut out of its graph and opened in its runtime, and the reference beside it."""
 
     def __init__(self, view: View, site: AttentionSite) -> None:
         self.view = view

@@ -35,6 +35,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mla_pass.errors import MlaPassError
 from mla_pass.site import Handle, Weight
 
 NEUTRAL = {
@@ -51,8 +52,21 @@ NEUTRAL = {
     "com.microsoft::FusedMatMul": "fused_matmul",
     "com.microsoft::GroupQueryAttention": "group_query_attention",
     "com.microsoft::MultiHeadAttention": "multi_head_attention",
+    "aten.matmul": "matmul", "aten.mm": "matmul", "aten.bmm": "matmul", "aten.linear": "gemm", "aten.addmm": "gemm",
+    "aten.add": "add", "aten.sub": "sub", "aten.mul": "mul", "aten.div": "div", "aten.pow": "pow", "aten.neg": "neg",
+    "aten.tanh": "tanh", "aten.cos": "cos", "aten.sin": "sin", "aten.sqrt": "sqrt", "aten.rsqrt": "rsqrt",
+    "aten.reciprocal": "reciprocal", "aten.isnan": "isnan", "aten._to_copy": "cast", "aten.to": "cast",
+    "aten.type_as": "cast", "aten.flatten": "reshape", "aten.unflatten": "reshape",
+    "aten.where": "where", "aten.softmax": "softmax", "aten._softmax": "softmax", "aten.mean": "mean",
+    "aten.cat": "concat", "aten.slice": "slice", "aten.split": "slice", "aten.split_with_sizes": "slice",
+    "aten.chunk": "slice", "aten.view": "reshape", "aten._unsafe_view": "reshape", "aten.reshape": "reshape",
+    "aten.permute": "transpose", "aten.transpose": "transpose", "aten.t": "transpose",
+    "aten.unsqueeze": "unsqueeze", "aten.squeeze": "squeeze", "aten.expand": "expand", "aten.embedding": "gather",
+    "aten.index": "gather", "aten.sym_size": "shape", "aten.full_like": "shape", "aten.rms_norm": "rmsnorm",
+    "aten.scaled_dot_product_attention": "attention",
 }  # fmt: skip
-"""Op as its own library names it -> neutral op. Ops of other domains are written ``domain::Op``."""
+"""Op as its own library names it -> neutral op. Ops of other domains are written ``domain::Op``, those of torch
+``aten.op``."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,24 @@ class View(Protocol):
 
     def block(self, outputs: Sequence[Handle], given: Sequence[Handle]) -> Block:
         """The computation from `given` and the graph's inputs to `outputs`, opened in the graph's own runtime."""
+
+
+def view_of(model: Any) -> View:
+    """The view of an ONNX model or an exported program. Raises MlaPassError for anything else."""
+    import onnx_ir
+
+    if isinstance(model, onnx_ir.Model):
+        from mla_pass.onnx.view import OnnxView
+
+        return OnnxView.of(model)
+    if type(model).__module__.partition(".")[0] == "torch":
+        from mla_pass.pytorch.view import FxView
+
+        return FxView.of(model)
+    raise MlaPassError(
+        f"a {type(model).__name__} is no graph that can be read; give an onnx_ir.Model or a "
+        "torch.export.ExportedProgram"
+    )
 
 
 SMALL = 1 << 16

@@ -97,7 +97,8 @@ def _linear(view: View, value: Handle) -> tuple[Handle, Weight, Weight | None]:
         weight = _transposed(weight) if view.attribute(value, "transB") else weight
         bias = _vector(view, value, operands[2]) if len(operands) > 2 and operands[2] is not None else None
     x = operands[0]
-    if rank(view, x) == 2 or view.op(value) == "gemm":  # [B*S, in]: the hidden state lies before the Reshape
+    if rank(view, x) == 2 or (view.op(value) == "gemm" and rank(view, x) != 3):
+        # [B*S, in]: the hidden state lies before the Reshape.
         if view.op(x) != "reshape" or rank(view, view.inputs(x)[0]) != 3:
             raise Stop(value, "a projection of a [batch, tokens, hidden] value")
         x = view.inputs(x)[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from mla_pass.patterns.cache import EXPORT, Edge, appended
 from mla_pass.patterns.fused import UNREAD, read_fused
@@ -25,20 +26,25 @@ from mla_pass.patterns.rope import NO_ROPE, RopeReader, Rotation, rotation
 from mla_pass.patterns.scores import MaskTerm, factor, is_attention, read_scores
 from mla_pass.patterns.stop import REPORT, Stop
 from mla_pass.site import AttentionSite, Branch, Cache, Handle, Layout, Mask, Norm, Refusal, Rope
-from mla_pass.view import EvaluationError, View
+from mla_pass.view import EvaluationError, View, view_of
 
 if TYPE_CHECKING:
-    import onnx_ir
+    from torch.export import ExportedProgram
 
 HEADS: Axes = ("B", "H", "S", "D")
 Role = Literal["query", "key", "value"]
 
 
-def find_sites(model: onnx_ir.Model) -> list[AttentionSite | Refusal]:
-    """Every attention block of an ONNX model, in order of execution, read or refused. The model is left untouched."""
-    from mla_pass.onnx.view import OnnxView, bodies
+def find_sites(model: ir.Model | ExportedProgram) -> list[AttentionSite | Refusal]:
+    """Every attention block of an ONNX model or an exported program, in order of execution, read or refused.
 
-    found = read_sites(OnnxView.of(model))
+    The model is left untouched.
+    """
+    found = read_sites(view_of(model))
+    if not isinstance(model, ir.Model):
+        return found
+    from mla_pass.onnx.view import bodies
+
     advice = "inline the model's functions and branches first (onnx_ir.passes.common.InlinePass)"
     for name, body in bodies(model):
         inside = set(body.results())

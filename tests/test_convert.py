@@ -481,3 +481,8 @@ def test_bfloat16_full_size(converted) -> None:
     exact = mla_pass.session(exported("llama")).logits(tokens)
     # Both round to 8 bits at other places: the converted model is as near to the exact one as the original is.
     assert np.abs(got - exact).mean() < 1.5 * np.abs(want - exact).mean()
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(MlaPassError, match="cannot convert a dict; give a folder"):
+        mla_pass.convert({})  # type: ignore[call-overload]
