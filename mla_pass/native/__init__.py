@@ -7,9 +7,9 @@
 A model carries the operator as a function of stock ONNX operators, too. With the library registered ONNX Runtime finds
 a kernel and leaves the function alone; without it the function runs. `mla_pass.session` registers it where it is built.
 
-Environment variables, read when a session is made: ``MLA_PASS_ISA`` names the instruction set to use in place of the
-best one (see :func:`instruction_sets`), ``MLA_PASS_FORM`` is ``absorbed`` or ``expanded`` to compute every call in that
-form in place of the one that takes less arithmetic.
+Environment variables, read when a session or a `kernel.Layout` is made: ``MLA_PASS_ISA`` names the instruction set to
+use in place of the best one (see :func:`instruction_sets`), ``MLA_PASS_FORM`` is ``absorbed`` or ``expanded`` to
+compute every call in that form in place of the one that takes less arithmetic.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""ONNX graphs as differentiable torch functions; imported only by what needs gradients."""
+"""Everything that needs torch: ONNX graphs as differentiable functions, and converted models in torch itself."""
