@@ -108,6 +108,8 @@ def convert(
     """
     config = config or MlaConfig()
     if not isinstance(model, (str, Path, ir.Model)):
+        if calibration is not None:
+            raise MlaPassError("an exported program is calibrated anew; give calibrate token ids, and no calibration")
         return _convert_program(model, config, calibrate, progress)
     if isinstance(model, ir.Model):
         if not isinstance(calibrate, np.ndarray) and calibration is None:
@@ -140,7 +142,11 @@ def _convert_program(
         )
     from mla_pass.pytorch.fx_convert import convert_exported
 
-    ids = calibrate if isinstance(calibrate, np.ndarray) else None
+    ids: np.ndarray | None = None  # text needs a tokenizer
+    if isinstance(calibrate, np.ndarray):
+        ids = calibrate
+    elif Path(calibrate).suffix == ".npy":
+        ids = read_ids(Path(calibrate))
     return convert_exported(program, config, calibrate=ids, progress=progress)
 
 
