@@ -71,6 +71,8 @@ def load(folder: Path, dtype: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        if json.loads((folder / "config.json").read_text()).get("model_type") == "mla_pass":
+            import mla_pass.pytorch.modeling  # noqa: F401  a converted checkpoint: registers its format
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise MlaPassError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
@@ -137,6 +139,11 @@ def flat_cache_module(model: Any) -> "torch.nn.Module":
     import torch
     from transformers import DynamicCache
 
+    def pairs(past: list[torch.Tensor]) -> Any:
+        return DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+
+    cache_of = getattr(model, "flat_cache", pairs)  # a converted model keeps rows of its own kind
+
     class FlatCache(torch.nn.Module):
         """The model with its cache as plain tensors, keys and values in turn."""
 
@@ -155,7 +162,7 @@ def flat_cache_module(model: Any) -> "torch.nn.Module":
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
+                past_key_values=cache_of(past),
                 use_cache=True,
             )
             return result.logits, *cache_tensors(result.past_key_values)

@@ -157,6 +157,10 @@ def test_scores_that_are_scaled_otherwise_are_refused(told: str, other: str) -> 
         decode(model, compiled(model), cache)
 
 
+def test_torch_knows_it_by_name() -> None:
+    assert torch._dynamo.lookup_backend("mla_pass") is backend
+
+
 def test_gradients_are_refused() -> None:
     made, (ids, _, _) = converted("llama"), padded(1)
     model = made.original()

@@ -13,6 +13,7 @@ import torch
 
 import mla_pass
 from mla_pass.errors import MlaPassError
+from mla_pass.pytorch import operator
 from tests.checkpoints import converted, load, padded, source, text
 from tests.test_latent_cache import EVERY, expected, greedy, stepwise
 
@@ -71,14 +72,31 @@ def test_without_use_cache_nothing_else_changes() -> None:
         torch.testing.assert_close(model(ids, use_cache=False).logits, model(ids).logits)
 
 
-def test_the_torch_operators_equal_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the op library is not built, or off the CPU, torch's own operators compute the same."""
+def test_the_torch_operators_equal_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the op library is not built, or off the CPU, torch's own operators compute the same, and it is said."""
+    operator._say_that_it_is_slow.cache_clear()
     made, (ids, mask, positions) = converted("llama"), padded()
     model = made.model()
     monkeypatch.setattr("mla_pass.native.find_library", lambda: None)
     logits = stepwise(model, model.latent_cache(40), ids, mask, positions, prompt=9)
+    assert caplog.text.count("the op library is not built") == 1
     seen, right = mask.bool().numpy(), expected(made, ids, mask)
     np.testing.assert_allclose(logits.numpy()[seen], right[seen], atol=2e-5 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_a_checkpoint_goes_on_to_onnx(family: str, tmp_path: Path) -> None:
+    """As stock operators with a growing cache of rows: the same numbers as the converted graph's, padding or not."""
+    from mla_pass.export.hf import export_hf
+
+    made, (ids, mask, _) = converted(family), padded()
+    exported = mla_pass.session(export_hf(made.checkpoint, tmp_path / "onnx"))
+    seen, right = mask.bool().numpy(), expected(made, ids, mask)
+    found = exported.logits(ids.numpy(), mask.numpy())
+    np.testing.assert_allclose(found[seen], right[seen], atol=2e-5 * np.abs(right).max())
+    assert exported.bytes_per_token == mla_pass.session(made.onnx).bytes_per_token
 
 
 def test_save_pretrained_folders_load_again(tmp_path: Path) -> None:

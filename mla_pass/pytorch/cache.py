@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mla_pass.errors import MlaPassError
 from mla_pass.pytorch import operator  # noqa: F401  registers the operators
+from mla_pass.pytorch.latent import latent_attention as expanded
 from mla_pass.pytorch.spec import MAPS, LatentLayer, LayerSpec, operator_json, stored_dtype
 from mla_pass.storage import stored_width
 
@@ -210,6 +211,32 @@ class StaticLatentRows(LatentRows):
         """Count `new` rows more; the operator tells when the buffer is full."""
         self.cumulative_length.add_(new)
         return self.cumulative_length.clone()
+
+
+class TracedRows(LatentRows):
+    """Rows that are given and handed on, by torch's own operators and without a look at any size: for a trace."""
+
+    def __init__(
+        self, layer: LatentLayer, max_positions: int, latent: Tensor, rope: Tensor, dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        super().__init__(layer, max_positions)
+        self.keys, self.values, self.is_initialized = latent, rope, True
+        self.dtype, self.device, self.batch_size = dtype, latent.device, latent.shape[0]
+        self.cos, self.sin = rope_tables(self.spec.theta, max_positions, latent.device)
+
+    def attend(
+        self, query: Tensor, row: Tensor, maps: dict[str, Tensor | None], *, position_ids: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """See `LatentRows.attend`."""
+        bias = mask
+        if mask is not None and mask.dtype == torch.bool:
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        attributes = {**self.spec.attributes(causal=mask is None), "shared_buffer": 0}
+        tables = [self.cos.to(query.dtype), self.sin.to(query.dtype)]
+        projections = [maps[name] for name in ("query_map", "key_up", "key_mean", "value_up")]
+        operands = [query, row, self.keys, self.values, *tables, position_ids, None, None, bias, *projections]
+        context, self.keys, self.values = expanded(attributes, operands)
+        return context
 
 
 class LatentCache(Cache):

@@ -10,7 +10,7 @@ transformers alone refuses to load.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mla_pass.errors import MlaPassError
-from mla_pass.pytorch.cache import LatentCache, LatentRows
+from mla_pass.pytorch.cache import LatentCache, LatentRows, TracedRows
 from mla_pass.pytorch.spec import FORMAT_VERSION, LatentLayer, LayerSpec
 
 MODEL_TYPE = "mla_pass"
@@ -174,6 +174,14 @@ class LatentModelMixin:
     def latent_cache(self, max_cache_len: int | None = None) -> LatentCache:
         """An empty cache for this model; static with `max_cache_len`, growing without."""
         return latent_cache(self.base_model, max_cache_len)  # type: ignore[attr-defined]
+
+    def flat_cache(self, past: Sequence[Tensor]) -> LatentCache:
+        """A cache of given latents and rotated parts, in turn, that can be traced: `mla_pass.export` asks for it."""
+        cache = self.latent_cache()
+        positions, dtype = self.config.mla["max_positions"], self.dtype  # type: ignore[attr-defined]
+        pairs = zip(self.latent_blocks, past[::2], past[1::2], strict=True)
+        cache.layers = [TracedRows(LatentLayer(block.operator, {}), positions, *two, dtype) for block, *two in pairs]
+        return cache
 
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> LatentCache:
         """What generate() asks for a static cache; as large as any before, so that nothing is compiled anew."""
