@@ -179,8 +179,10 @@ class LatentModelMixin:
         """A cache of given latents and rotated parts, in turn, that can be traced: `mla_pass.export` asks for it."""
         cache = self.latent_cache()
         positions, dtype = self.config.mla["max_positions"], self.dtype  # type: ignore[attr-defined]
-        pairs = zip(self.latent_blocks, past[::2], past[1::2], strict=True)
-        cache.layers = [TracedRows(LatentLayer(block.operator, {}), positions, *two, dtype) for block, *two in pairs]
+        cache.layers = [
+            TracedRows(LatentLayer(block.operator, {}), positions, latent, rope, dtype)
+            for block, latent, rope in zip(self.latent_blocks, past[::2], past[1::2], strict=True)
+        ]
         return cache
 
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> LatentCache:
