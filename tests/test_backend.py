@@ -49,7 +49,9 @@ def cache_of(made: Converted, model: Any, rows: int | None) -> LatentCache:
 
 
 @pytest.mark.parametrize("rows", [None, 50])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3_partial", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("phi3_partial", "qwen3"))]
+)
 def test_fused_steps_equal_eager_ones(family: str, rows: int | None) -> None:
     made = converted(family)
     model = made.original()

@@ -218,7 +218,7 @@ def twice(case: str) -> tuple[mla_pass.Result, ExportedProgram]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in ("bands", "eight bits") else pytest.mark.slow) for case in CASES]
+    "case", [pytest.param(case, marks=() if case == "bands" else pytest.mark.slow) for case in CASES]
 )
 def test_lossy_is_the_onnx_conversion(case: str, tmp_path: Path) -> None:
     family, _, tolerance = CASES[case]
