@@ -297,18 +297,25 @@ def test_a_conversion_that_fails_leaves_nothing(at: Path, capsys: pytest.Capture
     assert not list(at.glob("*short*/")) and not list(at.glob(".short*"))
 
 
-def test_both_formats_are_written_or_none(tmp_path: Path) -> None:
-    class Half:
-        def save(self, out: Path) -> None:
-            (out / "config.json").write_text("{}")
+def test_both_formats_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_pass.pytorch.convert import TorchResult
 
-        def save_onnx(self, out: Path) -> None:
+    class NoRoom:
+        def save(self, out: Path, *, bundle: bool) -> None:
             raise MlaPassError("no room")
 
-    half: Any = Half()
+    def write(result: TorchResult, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(TorchResult, "write", write)
+    half: Any = NoRoom()
+    place: Any = None
+    result = TorchResult(tmp_path, half, (), "float32", place)
     with pytest.raises(MlaPassError, match="no room"):
-        api.save(half, tmp_path / "out", "both")
+        result.save(tmp_path / "out", format="both")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MlaPassError, match="format must be one of hf, onnx, both"):
+        result.save(tmp_path / "out", format="gguf")
 
 
 def test_a_model_without_a_tokenizer_cannot_be_tested(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
