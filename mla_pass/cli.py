@@ -6,7 +6,6 @@ Progress goes to stderr. Exit codes: 0 done, 1 a `MlaPassError` told in one sent
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from mla_pass.config import (
     RopeDtype,
     RopeMode,
 )
+from mla_pass.console import told
 from mla_pass.errors import MlaPassError
 from mla_pass.progress import Progress
 
@@ -36,19 +36,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except MlaPassError as error:
-        print(f"mla-pass: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mla-pass: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, say `head`, has seen enough; keep the interpreter's own last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
+    return told("mla-pass", lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

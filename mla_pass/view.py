@@ -29,7 +29,7 @@ Neutral ops, their operands in order and their attributes (see `View.attribute`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -177,6 +177,25 @@ def view_of(model: Any) -> View:
         f"a {type(model).__name__} is no graph that can be read; give an onnx_ir.Model or a "
         "torch.export.ExportedProgram"
     )
+
+
+def follows_from_constants(
+    view: View, value: Handle, known: dict[Handle, bool], leaf: Callable[[Handle], bool | None]
+) -> bool:
+    """Whether a value follows from constants alone; `known` keeps what was found, `leaf` says it of a value where no
+    operands have to be asked, else None."""
+    todo = [value]
+    while todo:
+        top = todo[-1]
+        end = leaf(top)
+        operands = [operand for operand in view.inputs(top) if operand is not None] if end is None else []
+        unknown = [operand for operand in operands if operand not in known]
+        if top in known or not unknown:
+            todo.pop()
+            known.setdefault(top, all(known[operand] for operand in operands) if end is None else end)
+        else:
+            todo.extend(unknown)
+    return known[value]
 
 
 SMALL = 1 << 16

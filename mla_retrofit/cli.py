@@ -5,14 +5,12 @@ arguments, 130 interrupted.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import mla_pass
 from mla_pass.config import MlaConfig
-from mla_pass.errors import MlaPassError
+from mla_pass.console import told
 from mla_pass.progress import Progress
 from mla_retrofit.api import retrofit
 from mla_retrofit.compare import PROMPT, compare
@@ -26,18 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.budget is not None and (arguments.num_kv_heads is not None or arguments.head_dim is not None):
         parser.error("--budget excludes --num-kv-heads and --head-dim")
-    try:
-        _run(arguments)
-        sys.stdout.flush()
-    except MlaPassError as error:
-        print(f"mla-retrofit: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mla-retrofit: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough; keep the interpreter's own last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return told("mla-retrofit", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     out = arguments.output_dir or Path(f"{Path(arguments.model).absolute().name}-mla")
     words = ("num_kv_heads", "head_dim", "rope_mode", "absorb", "flash_attn", "dtype", "budget", "format")
     request = Request(
@@ -81,3 +68,4 @@ def _run(arguments: argparse.Namespace) -> None:
         model, tokenizer = done.load()
         print(f"\n{compare(done.model(done.folder), model, tokenizer, prompt=arguments.test_prompt).text()}")
     print(f"\nwritten to {out}")
+    return 0

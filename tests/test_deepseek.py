@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,12 @@ from mla_pass.site import AttentionSite, Norm, Refusal
 from mla_pass.statistics import SiteStatistics
 from tests.families import FAMILIES, VOCAB, _build, exported
 from tests.limits import file_size_limit
+from tests.threads import one_thread  # noqa: F401  applies to every test
 
 EXTEND = MlaConfig(rope_mode="extend")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SMALL = replace(EXTEND, rank=20, rope_dims=6)
 IDS = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB, (2, 40)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 def one_key_for_both_groups() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from mla_pass.pytorch.healing import HELD_OUT
 from mla_pass.pytorch.optimizer import Optimizer, inverse_root
 from mla_pass.pytorch.trainable import find_trainable, latent_nodes
 from tests.families import VOCAB, exported
+from tests.threads import one_thread  # noqa: F401  applies to every test
 
 CONTEXT = 48
 SHORT = HealConfig(tokens=4 * 4 * CONTEXT, context=CONTEXT, batch=4)
@@ -35,14 +36,6 @@ PLAIN = {
     "calibrate_tokens": 1024, "metric": "output", "metric_mix": 0.1, "layers": "even", "finest_block": 16,
     "block_order": 1, "attention_flops": 1000.0,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

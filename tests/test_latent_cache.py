@@ -201,6 +201,7 @@ def test_a_full_buffer_is_refused() -> None:
     cache = LatentCache.from_pretrained(made.checkpoint, model=model, max_cache_len=12)
     with torch.no_grad(), pytest.raises(MlaPassError, match="20 rows.*12"):
         model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0  # nothing of it counts
     with pytest.raises(MlaPassError, match="max_cache_len must lie in 1..256"):
         LatentCache.from_pretrained(made.checkpoint, max_cache_len=257)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,18 +27,11 @@ from mla_pass.site import AttentionSite
 from tests.families import FAMILIES, VOCAB, exported
 from tests.test_body import ORDERED, RECIPES, SHAPES, Scene, ordered, variant_of
 from tests.test_fold import Case, rope_of
+from tests.threads import one_thread  # noqa: F401  applies to every test
 
 SMALL = {"calibrate_tokens": 512, "calibrate_context": 64, "metric": "output", "metric_mix": 0.1}
 ROUNDING = 1e-5
 """Largest relative difference that the order of float32 sums explains."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens_of(batch: int, length: int, seed: int = 0) -> np.ndarray:

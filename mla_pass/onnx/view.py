@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from mla_pass.onnx.cut import Cut, RuntimeCut, constant_array, constant_tensor, cut, inferred, run_reference
 from mla_pass.site import Weight
-from mla_pass.view import NEUTRAL, SMALL, Slice
+from mla_pass.view import NEUTRAL, SMALL, Slice, follows_from_constants
 
 _DEFAULTS: dict[tuple[str, str], Any] = {
     ("softmax", "axis"): -1, ("gather", "axis"): 0,
@@ -105,18 +105,12 @@ class OnnxView:
 
     def is_constant(self, value: ir.Value) -> bool:
         """See `View.is_constant`."""
-        todo = [value]
-        while todo:
-            top = todo[-1]
-            operands = [operand for operand in self.inputs(top) if operand is not None]
-            unknown = [operand for operand in operands if operand not in self._constant]
-            if top in self._constant or not unknown:
-                todo.pop()
-                leaf = constant_tensor(top) is not None
-                self._constant.setdefault(top, leaf or (bool(operands) and all(self._constant[o] for o in operands)))
-            else:
-                todo.extend(unknown)
-        return self._constant[value]
+
+        def leaf(x: ir.Value) -> bool | None:
+            constant = constant_tensor(x) is not None
+            return constant if constant or not any(operand is not None for operand in self.inputs(x)) else None
+
+        return follows_from_constants(self, value, self._constant, leaf)
 
     def weight(self, value: ir.Value) -> Weight:
         """See `View.weight`. Raises EvaluationError when neither the graph nor the data tells the shape."""

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mla_pass.errors import MlaPassError
-from mla_pass.pytorch import operator  # noqa: F401  registers the operators
+from mla_pass.pytorch import operator
 from mla_pass.pytorch.latent import latent_attention as expanded
-from mla_pass.pytorch.spec import MAPS, LatentLayer, LayerSpec, operator_json, stored_dtype
+from mla_pass.pytorch.spec import LatentLayer, LayerSpec, operator_json, stored_dtype
 from mla_pass.storage import stored_width
 
 
@@ -72,11 +72,13 @@ class LatentRows(CacheLayerMixin):
         new, maps = key_states.shape[2], self.maps
         position_ids = self.positions(new) if position_ids is None else position_ids
         total = self.extend(new)
-        return torch.ops.mla_pass.latent_update(
+        decoded = torch.ops.mla_pass.latent_update(
             key_states, value_states, self.keys, self.values, self.cos, self.sin, position_ids, total, maps["encode"],
             maps["encode_bias"], maps["query_map"], maps.get("key_up"), maps.get("key_mean"), maps["value_up"],
             maps["value_mean"], self.keys.shape[2], self.attributes,
         )  # fmt: skip
+        self.keep(total)
+        return decoded
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that a mask has to cover, and the first of them."""
@@ -121,10 +123,12 @@ class LatentRows(CacheLayerMixin):
         if not self.is_initialized:
             self.start(row.shape[0], row.dtype, row.device)
         total = self.extend(row.shape[1])
-        return torch.ops.mla_pass.latent_attention(
+        context = torch.ops.mla_pass.latent_attention(
             query, row, self.keys, self.values, self.cos, self.sin, position_ids, total, mask, maps["query_map"],
             maps["key_up"], maps["key_mean"], maps["value_up"], self.attributes,
         )  # fmt: skip
+        self.keep(total)
+        return context
 
     def positions(self, new: int) -> Tensor:
         """Of `new` tokens behind those that are kept, [1, S], none of them padding."""
@@ -158,6 +162,9 @@ class LatentRows(CacheLayerMixin):
         """Make room for `new` rows; returns how many there are then, int64 [1]."""
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, new)) for x in (self.keys, self.values))
         return torch.full((1,), self.keys.shape[2], dtype=torch.int64)
+
+    def keep(self, total: Tensor) -> None:
+        """The rows are written: `total` of them count from here on. Here their tensors' size says so."""
 
     def bytes(self) -> int:
         """Of the memory that the rows take."""
@@ -208,9 +215,12 @@ class StaticLatentRows(LatentRows):
                 torch._dynamo.mark_static_address(x)
 
     def extend(self, new: int) -> Tensor:
-        """Count `new` rows more; the operator tells when the buffer is full."""
-        self.cumulative_length.add_(new)
-        return self.cumulative_length.clone()
+        """As many as there are and `new` more; the operator tells when the buffer is full."""
+        return self.cumulative_length + new
+
+    def keep(self, total: Tensor) -> None:
+        """Count them."""
+        self.cumulative_length.copy_(total)
 
 
 class TracedRows(LatentRows):
@@ -228,9 +238,7 @@ class TracedRows(LatentRows):
         self, query: Tensor, row: Tensor, maps: dict[str, Tensor | None], *, position_ids: Tensor, mask: Tensor | None
     ) -> Tensor:
         """See `LatentRows.attend`."""
-        bias = mask
-        if mask is not None and mask.dtype == torch.bool:
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        bias = None if mask is None else operator.as_bias(mask, query.dtype)
         attributes = {**self.spec.attributes(causal=mask is None), "shared_buffer": 0}
         tables = [self.cos.to(query.dtype), self.sin.to(query.dtype)]
         projections = [maps[name] for name in ("query_map", "key_up", "key_mean", "value_up")]
@@ -350,6 +358,3 @@ def check_model(model: Any, layers: Sequence[LatentLayer]) -> None:
                 f"{layer.spec.name}: the conversion's rotary frequencies are not this model's; give the model it was "
                 "made of"
             )
-    missing = [name for layer in layers for name in MAPS[:2] if name not in layer.maps]
-    if missing:
-        raise MlaPassError(f"the conversion lacks {missing[0]}; convert again with this version of mla_pass")

@@ -19,7 +19,7 @@ from mla_pass.convert import RECORD, Progress, Result, convert, planned
 from mla_pass.errors import MlaPassError
 from mla_pass.export.hf import export_hf
 from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder, require_free
-from mla_pass.export.tracing import locate
+from mla_pass.export.tracing import DTYPES, locate
 from mla_pass.onnx.emit import Conversion
 from mla_pass.onnx.io import load_model
 from mla_pass.onnx.passes import check_calibration
@@ -36,7 +36,6 @@ ONNX_FOLDER = "onnx"
 if TYPE_CHECKING:
     from mla_pass.pytorch.deepseek import DeepseekReport
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class TorchResult:
         """Fill a folder that is there."""
         from mla_pass.pytorch.modeling import latent_classes
 
-        dtype = DTYPES[self.dtype]
+        dtype = getattr(torch, self.dtype)
         positions = int(self.result.model.metadata_props[MAX_POSITION_KEY])
         copy_companions(self.source, folder)
         write_model(self.source, self.conversions, dtype, positions, folder)

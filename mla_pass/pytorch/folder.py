@@ -24,7 +24,7 @@ from torch import Tensor
 from mla_pass.errors import MlaPassError
 from mla_pass.onnx.emit import Conversion
 from mla_pass.pytorch.modeling import KEY, MODEL_TYPE, BlockSpec
-from mla_pass.pytorch.spec import FORMAT_VERSION, LatentLayer, LayerSpec, as_torch, latent_layer, layer_spec
+from mla_pass.pytorch.spec import FORMAT_VERSION, LatentLayer, LayerSpec, as_torch, latent_layer, layer_spec, maps_of
 from mla_pass.site import Branch, Norm
 
 CACHE_FILE = "latent_cache.safetensors"
@@ -107,6 +107,10 @@ def load_layers(folder: Path) -> tuple[list[LatentLayer], int]:
                 maps[int(layer)][name] = file.get_tensor(key)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise MlaPassError(f"{folder / CACHE_FILE} cannot be read ({error}); convert the model again") from error
+    for spec in specs:
+        missing = [name for name in maps_of(spec.nope_dim) if name not in maps[spec.layer]]
+        if missing:
+            raise MlaPassError(f"{folder / CACHE_FILE} lacks {missing[0]} of {spec.name}; convert the model again")
     return [LatentLayer(spec, maps[spec.layer]) for spec in specs], int(told["max_positions"])
 
 

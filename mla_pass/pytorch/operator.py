@@ -8,8 +8,8 @@ JSON text of the operator's attributes (`mla_pass.pytorch.spec.operator_json`). 
 boolean (False hides) or added to the scores, stands in for padding mask and bias alike.
 
 On the CPU the op library's kernel computes `latent_attention`, the same that ONNX Runtime runs, on as many threads as
-torch is told to use. Elsewhere, and where the library is not built, torch's own operators do (`mla_pass env` tells
-which).
+torch is told to use. Elsewhere, and where the library is not built, torch's own operators do (`mla-pass env`
+tells whether it is).
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def _(
     total: Tensor, mask: Tensor | None, query_map: Tensor | None, key_up: Tensor | None, key_mean: Tensor | None,
     value_up: Tensor | None, attributes: str,
 ) -> Tensor:  # fmt: skip
-    read = _read(attributes)
-    width = read["rank"] - read["value_offset"] if value_up is None else value_up.shape[2]
-    return query.new_empty(query.shape[0], query.shape[1], read["num_heads"] * width)
+    return _new_context(query, value_up, attributes)
 
 
 @torch.library.custom_op("mla_pass::latent_update", mutates_args=("latent", "rope"))
@@ -101,10 +99,14 @@ def added(mask: Tensor, total: int, query: Tensor) -> Tensor:
             f"LatentAttention got a mask of shape {list(mask.shape)} over {total} cached rows; expected [batch, heads, "
             "tokens, rows]: use the attention implementation 'sdpa' or 'eager'"
         )
-    mask = mask[..., :total]
+    return as_bias(mask[..., :total], query.dtype)
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask, boolean or added, as something to add to scores of a type."""
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return mask.to(query.dtype)
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype)
 
 
 # ---- on the CPU: the op library
@@ -113,13 +115,17 @@ def added(mask: Tensor, total: int, query: Tensor) -> Tensor:
 def _by_kernel(operands: list[Tensor | None], attributes: str, *, causal: bool) -> Tensor:
     layout = _layout(attributes, causal)
     given = [None if x is None else x.contiguous() for x in operands]
-    query, value_up = given[0], given[13]
-    assert query is not None  # it is required
-    width = _read(attributes)
-    size = width["rank"] - width["value_offset"] if value_up is None else value_up.shape[2]
-    context = query.new_empty(query.shape[0], query.shape[1], width["num_heads"] * size)
+    assert given[0] is not None  # the query is required
+    context = _new_context(given[0], given[13], attributes)
     layout.attend([None if x is None else _operand(x) for x in given], _operand(context), torch.get_num_threads())
     return context
+
+
+def _new_context(query: Tensor, value_up: Tensor | None, attributes: str) -> Tensor:
+    """Room for [B, S, H*V]."""
+    read = _read(attributes)
+    size = read["rank"] - read["value_offset"] if value_up is None else value_up.shape[2]
+    return query.new_empty(query.shape[0], query.shape[1], read["num_heads"] * size)
 
 
 @lru_cache(maxsize=4096)

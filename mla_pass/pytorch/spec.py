@@ -122,8 +122,13 @@ def layer_spec(conversion: Conversion) -> LayerSpec:
 def latent_layer(conversion: Conversion, dtype: torch.dtype) -> LatentLayer:
     """A converted site with its maps, cast once from float64."""
     w = conversion.weights
-    names = [name for name in MAPS if w.nope_dim or name not in ("key_up", "key_mean")]
-    return LatentLayer(layer_spec(conversion), {name: as_torch(getattr(w, name), dtype) for name in names})
+    maps = {name: as_torch(getattr(w, name), dtype) for name in maps_of(w.nope_dim)}
+    return LatentLayer(layer_spec(conversion), maps)
+
+
+def maps_of(nope_dim: int) -> list[str]:
+    """Those of `MAPS` that a block has."""
+    return [name for name in MAPS if nope_dim or name not in ("key_up", "key_mean")]
 
 
 def as_torch(array: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from mla_pass.pytorch import aten
 from mla_pass.pytorch.aten import Number, computing
 from mla_pass.pytorch.piece import Piece
 from mla_pass.site import Weight
-from mla_pass.view import SMALL
+from mla_pass.view import SMALL, follows_from_constants
 
 
 class FxView:
@@ -125,19 +125,12 @@ class FxView:
 
     def is_constant(self, value: Any) -> bool:
         """See `View.is_constant`."""
-        todo = [value]
-        while todo:
-            top = todo[-1]
-            operands = [operand for operand in self.inputs(top) if operand is not None]
-            unknown = [operand for operand in operands if operand not in self._constant]
-            if top in self._constant or not unknown:
-                todo.pop()
-                leaf = self.op(top) in ("constant", "input")
-                known = self.op(top) == "constant" if leaf else all(self._constant[each] for each in operands)
-                self._constant.setdefault(top, known)
-            else:
-                todo.extend(unknown)
-        return self._constant[value]
+
+        def leaf(x: Any) -> bool | None:
+            op = self.op(x)
+            return op == "constant" if op in ("constant", "input") else None
+
+        return follows_from_constants(self, value, self._constant, leaf)
 
     def weight(self, value: Any) -> Weight:
         """See `View.weight`."""
