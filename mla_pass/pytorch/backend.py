@@ -69,15 +69,14 @@ def mla_pass(
     return inner(graph, list(example_inputs), **kwargs)
 
 
-def fuse(graph: fx.GraphModule) -> int:
-    """Rewrite every layer in place; returns how many there were. Raises MlaPassError, the graph as it was."""
+def fuse(graph: fx.GraphModule) -> None:
+    """Rewrite every layer in place. Raises MlaPassError, the graph as it was."""
     found = [(node, _attention(node)) for node in _calls(graph, ops.latent_update)]
     for update, attention in found:
         _replace(graph.graph, update, attention)
     if found:
         graph.graph.lint()
         graph.recompile()
-    return len(found)
 
 
 def attend(
