@@ -60,7 +60,7 @@ def choose_splits(
     usual = [representative(layouts, row, config) for layouts, row in zip(options, formats, strict=True)]
     geometries = [p.geometry for p in usual]
     if config.rank is not None:
-        sizes = [sizes_by_hand(config, geometry) for geometry in geometries]
+        sizes = [sizes_by_hand(config, g, row) for g, row in zip(geometries, formats, strict=True)]
     elif config.layers == "even":
         sizes = even_sizes(usual, formats, config)
     else:
@@ -128,13 +128,13 @@ def choose_layout(
 def layer_curve(p: Prepared, row: RowFormat, config: MlaConfig) -> Curve:
     """The least loss for every number of bytes that the layer could get a row."""
     geometry = p.geometry
-    candidates = rope_dims_to_try(geometry, config)
+    candidates = rope_dims_to_try(geometry, config, row.tile)
     best: dict[int, tuple[float, tuple[int, int]]] = {}
-    step = row_step(geometry)
+    step = row_step(geometry, row.tile)
     for rope in candidates:
         most = geometry.width - rope
         ranks = np.unique(np.append(np.arange(step, most, step), most))
-        ranks = ranks[ranks >= 1]
+        ranks = np.array([rank for rank in ranks.tolist() if rank >= 1 and row.holds(rank, rope)], np.int64)
         if len(ranks) == 0:
             continue
         for rank, loss in zip(ranks.tolist(), predicted_loss(p, rope, ranks).tolist(), strict=True):
@@ -145,14 +145,14 @@ def layer_curve(p: Prepared, row: RowFormat, config: MlaConfig) -> Curve:
     return Curve(np.array(sizes), np.array([best[size][0] for size in sizes]), tuple(best[size][1] for size in sizes))
 
 
-def rope_dims_to_try(geometry: Geometry, config: MlaConfig) -> list[int]:
-    """Rope dims worth a look: a few small ones, and all."""
+def rope_dims_to_try(geometry: Geometry, config: MlaConfig, tile: int = 1) -> list[int]:
+    """Rope dims worth a look: a few small ones, multiples of `tile`, and all."""
     full = geometry.rotary_width
     if config.rope_mode == "repeat":
         return [full]
     if config.rope_dims is not None:
         return [min(config.rope_dims, full)]
-    step = 8 if geometry.width >= WIDE else 2
+    step = max(8 if geometry.width >= WIDE else 2, tile)
     count = CANDIDATES if geometry.width <= VERY_WIDE else CANDIDATES_WIDE
     spread = np.unique(np.round(np.geomspace(step, max(full // 2, step), count) / step).astype(int) * step)
     return [*(int(rope) for rope in spread if 2 <= rope < full), full]
@@ -242,38 +242,46 @@ def even_sizes(
     for kind in dict.fromkeys(kinds):
         alike = [p for p, k in zip(prepared, kinds, strict=True) if k == kind]
         geometry, row = alike[0].geometry, kind[-1]
-        most, ropes = room(geometry, row, config), rope_dims_to_try(geometry, config)
-        sizes = [(fit_rank(left, geometry, rope), rope) for rope in ropes if (left := row.rank_within(most, rope)) >= 1]
+        most, ropes = room(geometry, row, config), rope_dims_to_try(geometry, config, row.tile)
+        fitted = [(fit_rank(row.rank_within(most, rope), geometry, rope, row), rope) for rope in ropes]
+        sizes = [(rank, rope) for rank, rope in fitted if rank >= 1 and row.holds(rank, rope)]
         if not sizes:
-            raise too_small(most, row.bytes(1, min(ropes)))
+            raise too_small(most, row.bytes(row.tile, min(ropes)))
         losses = [sum(float(predicted_loss(p, rope, np.array([rank]))[0]) for p in alike) for rank, rope in sizes]
         chosen[kind] = sizes[int(np.argmin(losses))]
     return [chosen[kind] for kind in kinds]
 
 
-def fit_rank(left: int, geometry: Geometry, rope: int) -> int:
-    """The largest rank in steps that `left` numbers hold, and no more than there is to keep."""
+def fit_rank(left: int, geometry: Geometry, rope: int, row: RowFormat) -> int:
+    """The largest rank in steps that `left` numbers hold, no more than there is to keep, or than a row can have."""
+    if row.widest is not None:
+        left = min(left, row.widest - rope)
     most = geometry.width - rope
-    step = row_step(geometry)
-    if left >= most:
-        return most
-    return left // step * step if left >= step else left
+    step = row_step(geometry, row.tile)
+    rank = most if left >= most else left // step * step if left >= step else left
+    return rank // row.tile * row.tile
 
 
-def row_step(geometry: Geometry) -> int:
+def row_step(geometry: Geometry, tile: int = 1) -> int:
     """Ranks are multiples of this."""
-    return 16 if geometry.width >= WIDE else 2
+    return max(16 if geometry.width >= WIDE else 2, tile)
 
 
-def sizes_by_hand(config: MlaConfig, geometry: Geometry) -> tuple[int, int]:
-    """Sizes given by hand. Raises MlaPassError when they are larger than what they replace."""
+def sizes_by_hand(config: MlaConfig, geometry: Geometry, row: RowFormat) -> tuple[int, int]:
+    """Sizes given by hand. Raises MlaPassError when they are larger than what they replace, or no row can have them."""
     assert config.rank is not None
     full = geometry.rotary_width
-    rope = full if config.rope_mode == "repeat" else (config.rope_dims or 2 * max(1, round(full / 16)))
+    usual = -(-2 * max(1, round(full / 16)) // row.tile) * row.tile
+    rope = full if config.rope_mode == "repeat" else (config.rope_dims or usual)
     if rope > full or config.rank + rope > geometry.width:
         raise MlaPassError(
             f"rank {config.rank} with {rope} rope dims is larger than the full size of this model: at most "
             f"{full} rope dims, and {geometry.width} numbers a token and layer in all"
+        )
+    if not row.holds(config.rank, rope):
+        raise MlaPassError(
+            f"a row of rank {config.rank} with {rope} rope dims cannot be stored as target {config.target} asks: both "
+            f"must be multiples of {row.tile}, and at most {row.widest} in sum"
         )
     return config.rank, rope
 

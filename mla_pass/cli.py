@@ -23,6 +23,7 @@ from mla_pass.config import (
     MlaConfig,
     RopeDtype,
     RopeMode,
+    Target,
 )
 from mla_pass.console import told
 from mla_pass.errors import MlaPassError
@@ -142,6 +143,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rope-dtype", choices=get_args(RopeDtype), default=default.rope_dtype,
                         help="type of a row's rotated part; auto: as the latents, but 16 bits beside int8")  # fmt: skip
     parser.add_argument(
+        "--target", choices=get_args(Target), default=default.target,
+        help="what a block becomes: our operator (the default), or ONNX Runtime's own PagedAttention, for CUDA servers",
+    )  # fmt: skip
+    parser.add_argument(
         "--layout", choices=get_args(Layout), default=default.layout,
         help="how a row lies in its two cache tensors; genai: two halves, and all that onnxruntime-genai reads",
     )  # fmt: skip
@@ -151,7 +156,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--attention-flops", type=float, default=default.attention_flops, metavar="X",
         help=f"most arithmetic of attention, times plain absorbed attention ({default.attention_flops})",
     )  # fmt: skip
-    parser.add_argument("--rope-mode", choices=get_args(RopeMode), default=default.rope_mode)
+    parser.add_argument(
+        "--rope-mode", choices=get_args(RopeMode),
+        help="rotation of the keys in the latent: block by block (the default), left off (extend, the default of "
+        "--target ort-latent), or kept whole (repeat)",
+    )  # fmt: skip
     parser.add_argument("--absorb", choices=get_args(Absorb), default=default.absorb)
     parser.add_argument("--cache", choices=get_args(CacheKind), default=default.cache, help="a buffer, or appended to")
     parser.add_argument("--max-positions", type=int, metavar="N", help="rows of the rotary table (the model's limit)")
@@ -229,13 +238,17 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
     if arguments.max_loss is not None and (arguments.budget is not None or arguments.rank is not None):
         arguments.usage_error("--max-loss excludes --budget and --rank")
     budget = {} if arguments.budget is None else {"budget": arguments.budget}
+    if arguments.target == "ort-latent" and arguments.bundle:
+        arguments.usage_error("--target ort-latent needs no op library: it goes without --bundle")
+    usual_mode = "extend" if arguments.target == "ort-latent" else MlaConfig().rope_mode
     return MlaConfig(
         **budget,
         rank=arguments.rank,
         rope_dims=arguments.rope_dims,
-        rope_mode=arguments.rope_mode,
+        rope_mode=arguments.rope_mode or usual_mode,
         absorb=arguments.absorb,
         cache=arguments.cache,
+        target=arguments.target,
         layout=arguments.layout,
         cache_dtype=arguments.cache_dtype,
         rope_dtype=arguments.rope_dtype,

@@ -11,12 +11,13 @@ from mla_pass.errors import MlaPassError
 RopeMode = Literal["block", "extend", "repeat"]
 Absorb = Literal["auto", "always", "never"]
 CacheKind = Literal["shared", "growing"]
+Target = Literal["mla-pass", "ort-latent"]
 Layout = Literal["plain", "genai"]
 Layers = Literal["loss", "even"]
 CacheDtype = Literal["same", "float16", "bfloat16", "int8", "float8", "auto"]
 RopeDtype = Literal["auto", "same", "float16", "bfloat16", "int8", "float8"]
 MetricKind = Literal["auto", "output", "fisher"]
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class MlaConfig:
     cache: CacheKind = "shared"
     """`shared`: present has the shape of past, a buffer with room to spare, written in place where the runtime binds
     one buffer to both. `growing`: present is past with the new rows appended."""
+    target: Target = "mla-pass"
+    """What a block becomes: `mla-pass`, our LatentAttention; `ort-latent`, ONNX Runtime's own PagedAttention over pages
+    of latents, in 16 bits and on CUDA alone, for servers that page their cache. It turns no blocks: its rope_mode is
+    `extend` or `repeat`."""
     layout: Layout = "plain"
     """How a row lies in its two cache tensors: `plain`, latent and rotated part; `genai`, two halves of one shape and
     type, which is what onnxruntime-genai can keep."""
@@ -92,8 +97,8 @@ class MlaConfig:
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
             raise MlaPassError(f"rope_dims must be an even number of at least 2; got {self.rope_dims}")
         for name, kind in (("rope_mode", RopeMode), ("absorb", Absorb), ("cache", CacheKind),
-                           ("layout", Layout), ("cache_dtype", CacheDtype), ("rope_dtype", RopeDtype),
-                           ("layers", Layers), ("metric", MetricKind)):  # fmt: skip
+                           ("target", Target), ("layout", Layout), ("cache_dtype", CacheDtype),
+                           ("rope_dtype", RopeDtype), ("layers", Layers), ("metric", MetricKind)):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise MlaPassError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.finest_block is not None and (self.finest_block < 1 or self.finest_block & (self.finest_block - 1)):
@@ -119,6 +124,8 @@ class MlaConfig:
             )
         if self.layout == "genai" and self.rank is not None and self.rank % 2:
             raise MlaPassError(f"layout genai cuts a row into two halves: rank must be even; got {self.rank}")
+        if self.target == "ort-latent":
+            self._check_paged()
         if self.turn_all and self.rope_mode != "block":
             raise MlaPassError(f"turn_all says how blocks are laid out; rope_mode {self.rope_mode!r} has none")
         if self.calibrate_context < 2 or self.calibrate_tokens < self.calibrate_context:
@@ -130,6 +137,23 @@ class MlaConfig:
             raise MlaPassError(f"calibrate_self must lie in [0, 1], a share of the text; got {self.calibrate_self}")
         if self.max_positions is not None and self.max_positions < 1:
             raise MlaPassError(f"max_positions must be at least 1; got {self.max_positions}")
+
+    def _check_paged(self) -> None:
+        """Raises MlaPassError for what ONNX Runtime's PagedAttention cannot do."""
+        if self.rope_mode == "block":
+            raise MlaPassError(
+                "target ort-latent cannot turn the keys in the latent block by block; choose rope_mode 'extend', which "
+                "leaves their rotation off, or 'repeat'"
+            )
+        if self.cache_dtype not in ("same", "float16", "bfloat16") or self.rope_dtype not in ("auto", self.cache_dtype):
+            raise MlaPassError(
+                f"target ort-latent keeps a row in one tensor of 16 bits; got cache_dtype {self.cache_dtype} and "
+                f"rope_dtype {self.rope_dtype}: choose cache_dtype same, float16 or bfloat16, and leave rope_dtype at "
+                "auto"
+            )
+        if self.layout != "plain" or self.partial:
+            refused = "partial" if self.partial else f"layout {self.layout}"
+            raise MlaPassError(f"target ort-latent pages every layer's rows in one tensor each; leave {refused} out")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file, with the format version."""

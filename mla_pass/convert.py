@@ -20,6 +20,7 @@ from mla_pass.export.genai import read_about, write_genai_config
 from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder
 from mla_pass.onnx.emit import Conversion
 from mla_pass.onnx.io import load_model, save_model
+from mla_pass.onnx.paged import interface, require_accepted
 from mla_pass.onnx.passes import MlaPass, Progress
 from mla_pass.onnx.session import model_path, session
 from mla_pass.patterns import find_sites
@@ -53,23 +54,31 @@ class Result:
         """Write the folder `out`: the model, what was done to it (mla_pass.json), tokenizer and configuration.
 
         `bundle` puts the op library beside the model, for machines without mla_pass. The model is opened and run once
-        before the folder gets its name, unless it is bfloat16.
+        before the folder gets its name, unless it is bfloat16. A paged model, which ONNX Runtime has kernels for on
+        CUDA alone, is opened as far as they are needed; what its inputs mean is told in mla_pass.json.
         Raises MlaPassError when `out` is taken or cannot be written, or there is no library to bundle; nothing is left
         behind then.
         """
+        paged = self.config.target == "ort-latent"
+        if bundle and paged:
+            raise MlaPassError("a model for target ort-latent needs no op library; leave bundle out")
         library = Path(native.library_path()) if bundle else None
         with new_folder(out) as folder:
             if library is not None:
                 shutil.copy(library, folder / library.name)
             save_model(self.model, folder)
             record = {"config": self.config.to_json(), "report": self.report.to_json()}
+            if paged:
+                record["interface"] = interface(self.model)
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             if self.source is not None:
                 copy_companions(self.source, folder)
             if self.config.layout == "genai":
                 write_genai_config(folder, self.model, None if library is None else library.name)
+            if paged:
+                require_accepted(model_path(folder))
             # ONNX Runtime's CPU has no bfloat16 arithmetic: such a model is checked where it can run.
-            computes = self.conversions[0].site.dtype != "bfloat16"
+            computes = not paged and self.conversions[0].site.dtype != "bfloat16"
             if computes and not np.isfinite(session(folder).logits([[0, 0, 0]])).all():
                 raise MlaPassError("the converted model's logits are not finite; nothing was written")
         return Path(out)
@@ -140,6 +149,8 @@ def _convert_program(
             f"cannot convert a {type(program).__name__}; give a folder, an .onnx file, an onnx_ir model or a "
             "torch.export.ExportedProgram"
         )
+    if config.target != "mla-pass":
+        raise MlaPassError(f"target {config.target} is for ONNX models; export the model to ONNX first")
     from mla_pass.pytorch.fx_convert import convert_exported
 
     ids: np.ndarray | None = None  # text needs a tokenizer

@@ -41,6 +41,11 @@ class Coded:
 
 
 CODED = {"int8": Coded(np.dtype(np.int8), 127, 0), "float8": Coded(np.dtype(np.uint8), 448, 128)}
+PAGED_TILE = 16
+"""ONNX Runtime's PagedAttention rotates in multiples of 16 numbers, from a column that is a multiple of 8, in rows that
+are one of 16."""
+PAGED_WIDEST = 1024
+"""Most numbers of a row that it rotates: one thread of a block each."""
 STORED = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
 } | {name: coded.element for name, coded in CODED.items()}  # fmt: skip
@@ -56,6 +61,15 @@ class RowFormat:
     rope: str
     halves: bool = False
     """The two tensors hold half a row each, both as `latent`."""
+    tile: int = 1
+    """Rank and rope dims are multiples of this."""
+    widest: int | None = None
+    """Most numbers of a row, where a runtime has a limit."""
+
+    def holds(self, rank: int, rope_dims: int) -> bool:
+        """Whether a row can have these sizes."""
+        fits = self.widest is None or rank + rope_dims <= self.widest
+        return fits and rank % self.tile == 0 and rope_dims % self.tile == 0
 
     def split(self, rank: int, rope_dims: int) -> int:
         """Numbers of a row in the first tensor. Raises MlaPassError for an odd row that is to be halved."""
@@ -86,6 +100,8 @@ def row_format(model: str, config: MlaConfig) -> RowFormat:
     """
     assert config.cache_dtype != "auto"  # settled by measurement before
     latent = model if config.cache_dtype == "same" else config.cache_dtype
+    if config.target == "ort-latent":
+        return RowFormat(model, latent, latent, tile=PAGED_TILE, widest=PAGED_WIDEST)
     if config.layout == "genai":
         return RowFormat(model, latent, latent, halves=True)
     if config.rope_dtype == "auto":

@@ -11,7 +11,7 @@ own rotation. Per kv group g, with y = [k; v] of a token (k before rotation):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from mla_pass.statistics import SiteStatistics
 
 __all__ = [
     "Geometry", "LatentWeights", "Prepared", "Recipe", "fold", "key_losses", "phase_loss", "predicted_loss", "prepare",
-    "prepare_layouts",
+    "prepare_layouts", "without_key_mean",
 ]  # fmt: skip
 
 
@@ -347,3 +347,19 @@ def fold(p: Prepared, rank: int, rope_dim: int, key_rank: int | None = None) -> 
         kept=(float(code.energy[:rank].sum()) - unread) / total if total else 1.0,
         predicted=unread + float(code.energy[rank:].sum()) + phase_loss(p, rope_dim),
     )
+
+
+def without_key_mean(w: LatentWeights) -> LatentWeights:
+    """The same site with its keys linear in the latent, for an attention that adds nothing to a score.
+
+    Where the latent's columns span the mean of the keys, as they do at full size, the latent is moved by what decodes
+    to it; what is left is a constant on a row's logits, which matters under a softcap only, and goes.
+    """
+    if not w.key_mean.any():
+        return w
+    move = np.linalg.lstsq(w.key_up.reshape(-1, w.key_rank), w.key_mean.reshape(-1), rcond=None)[0]
+    bias, tail = w.encode_bias.copy(), np.zeros(w.rank)
+    tail[: w.key_rank] = move
+    bias[: w.rank] += tail
+    moved = np.einsum("grv,r->gv", w.value_up, tail[w.value_offset :])
+    return replace(w, encode_bias=bias, key_mean=np.zeros_like(w.key_mean), value_mean=w.value_mean - moved)

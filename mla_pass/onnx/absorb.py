@@ -17,19 +17,26 @@ from mla_pass.site import AttentionSite
 
 @dataclass(frozen=True)
 class Absorption:
-    """Which of the maps are folded away. `key_up` implies `query_map`: both go into the query projection."""
+    """Which of the maps are folded away. `key_up` implies `query_map`: both go into the query projection.
+
+    `composed`: the two are one map of the graph where they are not folded, so that either both are or none is.
+    """
 
     query_map: bool
     key_up: bool
     value_up: bool
+    composed: bool = False
+
+    def query_maps(self, w: LatentWeights) -> np.ndarray:
+        """What the query's heads are multiplied with, [G, D, n + p], or [G, D, key_rank + p] with key_up in it."""
+        if not (self.key_up or self.composed):
+            return w.query_map
+        n = w.nope_dim
+        return np.concatenate([w.query_map[:, :, :n] @ w.key_up, w.query_map[:, :, n:]], axis=2)
 
     def fold_query(self, site: AttentionSite, w: LatentWeights) -> tuple[np.ndarray, np.ndarray | None]:
         """Query projection [E, H*(n+p)] (key_rank for n when key_up is folded) and its bias."""
-        maps = w.query_map
-        if self.key_up:
-            n = w.nope_dim
-            maps = np.concatenate([maps[:, :, :n] @ w.key_up, maps[:, :, n:]], axis=2)
-        maps = np.repeat(maps, site.heads // site.kv_groups, axis=0)  # [H, D, width]
+        maps = np.repeat(self.query_maps(w), site.heads // site.kv_groups, axis=0)  # [H, D, width]
         projection = site.query.projection
 
         def folded(array: np.ndarray) -> np.ndarray:
@@ -56,6 +63,8 @@ def numbers_read(site: AttentionSite, w: LatentWeights, plan: Absorption) -> int
     n, p, d, v = w.nope_dim, w.rope_dim, site.head_dim, site.value_dim
     if plan.key_up:
         query = hidden * heads * (w.key_rank + p)
+    elif plan.composed:
+        query = hidden * heads * d + groups * d * (w.key_rank + p)
     else:
         query = groups * n * w.key_rank + (
             hidden * heads * (n + p) if plan.query_map else hidden * heads * d + groups * d * (n + p)
@@ -65,13 +74,19 @@ def numbers_read(site: AttentionSite, w: LatentWeights, plan: Absorption) -> int
     return query + output
 
 
-def choose_absorption(site: AttentionSite, w: LatentWeights, mode: str) -> Absorption:
+def choose_absorption(site: AttentionSite, w: LatentWeights, mode: str, *, composed: bool = False) -> Absorption:
     """`never`, `always` (as far as the algebra allows) or `auto` (fewest numbers to read).
 
     A query norm stands between projection and query_map; bands, or a softcap with a key mean, stand between query_map
-    and key_up.
+    and key_up, so that they cannot be `composed` either.
     """
     query_ok = site.query.norm is None
+    if composed:
+        assert len(w.bands.index) == 0 and not w.key_mean.any()
+        both = [query_ok] if mode == "always" else [False, True] if mode == "auto" and query_ok else [False]
+        values = {"never": [False], "always": [True], "auto": [False, True]}[mode]
+        plans = [Absorption(query, query, value, composed=True) for query in both for value in values]
+        return min(plans, key=lambda plan: numbers_read(site, w, plan))
     key_ok = query_ok and w.nope_dim > 0 and len(w.bands.index) == 0 and not w.key_mean.any()
     if mode == "never":
         return Absorption(False, False, False)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from mla_pass.budget import Split, choose_splits
 from mla_pass.config import CacheDtype, MlaConfig
 from mla_pass.errors import BudgetTooSmall, LossUnreachable, MlaPassError
-from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare_layouts
+from mla_pass.fold import Geometry, LatentWeights, Prepared, Recipe, fold, prepare_layouts, without_key_mean
 from mla_pass.onnx.absorb import choose_absorption
 from mla_pass.onnx.emit import Conversion, Emitter
 from mla_pass.onnx.probe import Excess, Probe, can_probe
@@ -23,7 +23,7 @@ from mla_pass.parallel import each
 from mla_pass.patterns import find_sites
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
-from mla_pass.storage import row_format
+from mla_pass.storage import RowFormat, row_format
 
 Progress = Callable[[str, int, int], None]
 USUAL_MIX = 0.1
@@ -76,7 +76,7 @@ class Chooser:
         self.progress("folding", 0, len(splits))
         conversions = []
         for site, row, weights in zip(self.sites, formats, each(folded, splits), strict=True):
-            conversions.append(Conversion(site, weights, choose_absorption(site, weights, config.absorb), row))
+            conversions.append(conversion_of(site, weights, row, config))
             self.progress("folding", len(conversions), len(splits))
         self._last = config, conversions
         return conversions
@@ -216,6 +216,13 @@ class Chooser:
 def folded(split: Split) -> LatentWeights:
     """The weights of one split."""
     return fold(split.prepared, split.rank, split.rope_dims, split.key_rank)
+
+
+def conversion_of(site: AttentionSite, weights: LatentWeights, row: RowFormat, config: MlaConfig) -> Conversion:
+    """A site with its weights as the target reads them."""
+    paged = config.target == "ort-latent"
+    weights = without_key_mean(weights) if paged else weights
+    return Conversion(site, weights, choose_absorption(site, weights, config.absorb, composed=paged), row)
 
 
 def mixed(config: MlaConfig) -> MlaConfig:

@@ -328,18 +328,26 @@ class Emitter:
                     self.replace_shape(node, branch)
         RemoveUnusedNodesPass()(self.model)
 
+    def past(self, ops: Ops, new: ir.Value) -> ir.Value:
+        """Rows that the caches hold before this run, int64 [1]."""
+        assert self.total is not None  # set with the first site
+        return ops("Sub", self.total, new)
+
     def replace_shape(self, node: ir.Node, branch: Branch) -> None:
         """Shape(past) -> [batch, kv heads, total - new, head size], cut as the node cuts it."""
-        assert self.total is not None  # set with the first site
         ops = Ops(f"{node.name or node.outputs[0].name}/")
         batch, new = self.sizes(ops)
-        past = ops("Sub", self.total, new)
-        shape = ops("Concat", batch, ops.ints(branch.heads), past, ops.ints(branch.head_dim), axis=0)
-        start, end = (node.attributes[k].as_int() if k in node.attributes else d for k, d in (("start", 0), ("end", 4)))
-        result = ops.cut(shape, start, end, 0)
+        shape = ops("Concat", batch, ops.ints(branch.heads), self.past(ops, new), ops.ints(branch.head_dim), axis=0)
+        result = ops.cut(shape, *shape_span(node), 0)
         self.insert(ops)
         ir.convenience.replace_all_uses_with(node.outputs[0], result)
         self.graph.remove(node, safe=True)
+
+
+def shape_span(node: ir.Node) -> tuple[int, int]:
+    """Start and end of the dims of four that a Shape node gives."""
+    start, end = (node.attributes[k].as_int() if k in node.attributes else d for k, d in (("start", 0), ("end", 4)))
+    return start, end
 
 
 def flat(ops: Ops, branch: Branch) -> ir.Value:

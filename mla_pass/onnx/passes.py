@@ -17,6 +17,7 @@ from mla_pass.measure import layer_report, output_error
 from mla_pass.onnx.choose import Chooser, Progress
 from mla_pass.onnx.emit import Conversion, Emitter
 from mla_pass.onnx.instrument import instrument
+from mla_pass.onnx.paged import PagedEmitter, paged_site, require_sixteen_bits
 from mla_pass.patterns import find_sites
 from mla_pass.proof import admit
 from mla_pass.report import Report
@@ -94,13 +95,17 @@ class MlaPass(ir.passes.InPlacePass):
             self.progress("checking weights", done, len(sites))
             check_finite(site)
         admitted = admit(model, found) if sites else found
+        if self.config.target == "ort-latent":
+            require_sixteen_bits(sites, self.config, self.dtype)
+            admitted = [paged_site(site) if isinstance(site, AttentionSite) else site for site in admitted]
         self.progress("checking weights", len(sites), len(sites))
         refusals = [r for r in admitted if isinstance(r, Refusal)]
         sites = [site for site in admitted if isinstance(site, AttentionSite)]
         partial = self.config.partial and self.config.layout == "plain"  # genai keeps one kind of cache
         if refusals and not (partial and sites):
             told = "\n".join(f"  {refusal}" for refusal in refusals)
-            hint = "; --partial (with --layout plain) converts the others and leaves these as they are" if sites else ""
+            helps = sites and self.config.target == "mla-pass"
+            hint = "; --partial (with --layout plain) converts the others and leaves these as they are" if helps else ""
             raise MlaPassError(
                 f"{len(refusals)} of {len(admitted)} attention blocks cannot be converted{hint}:\n{told}"
             )
@@ -159,6 +164,11 @@ class MlaPass(ir.passes.InPlacePass):
 
     def rewrite(self, model: ir.Model, conversions: Sequence[Conversion], positions: int) -> list[str]:
         """Change the graph; returns what the user should know."""
+        if self.config.target == "ort-latent":
+            emitter = PagedEmitter(model, max_positions=positions)
+            emitter.emit(conversions)
+            model.metadata_props[MAX_POSITION_KEY] = str(positions)
+            return emitter.notes(conversions)
         before = model.ir_version
         Emitter(model, max_positions=positions, shared_buffer=self.config.cache == "shared").emit(conversions)
         model.metadata_props[MAX_POSITION_KEY] = str(positions)

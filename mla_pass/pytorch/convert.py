@@ -110,6 +110,8 @@ def convert_checkpoint(
     """
     folder = locate(str(source))
     config = config or MlaConfig()
+    if config.target != "mla-pass":
+        raise MlaPassError(f"target {config.target} is for ONNX models; run mla-pass export --dtype float16 first")
     if config.partial:
         raise MlaPassError("a checkpoint is converted whole or not at all; leave partial out, or write ONNX")
     if config.rope_mode == "block":

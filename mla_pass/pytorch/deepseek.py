@@ -126,7 +126,8 @@ def save_deepseek(
 
 def check_request(config: MlaConfig) -> None:
     """Raises MlaPassError when a configuration asks for what these checkpoints do not have."""
-    for name, wanted in (("rope_mode", "extend"), ("cache_dtype", "same"), ("layout", "plain"), ("max_loss", None)):
+    for name, wanted in (("target", "mla-pass"), ("rope_mode", "extend"), ("cache_dtype", "same"), ("layout", "plain"),
+                         ("max_loss", None)):  # fmt: skip
         if getattr(config, name) != wanted:
             raise MlaPassError(f"a deepseek_v3 checkpoint needs {name}={wanted!r}; got {getattr(config, name)!r}")
     if config.rank is not None and config.rope_dims is None:
