@@ -1,0 +1,137 @@
+# The CUDA kernels, compiled into one fatbin that the op library carries. Nothing is linked to CUDA: kernels are loaded
+# by the driver of the machine that runs them, see driver.h.
+#
+# MLA_PASS_CUDA: ON, OFF, or AUTO (when there is an nvcc that works: of CUDACXX, CUDA_HOME, CUDA_PATH, the Python
+# environment's package nvidia-cuda-nvcc, the PATH, or /usr/local/cuda).
+# MLA_PASS_CUDA_ARCHITECTURES: compute capabilities to make machine code for, without the dot; fewer install faster.
+# Devices that none of them fits, newer ones included, compile the PTX of the first when the kernels are first loaded.
+
+set(MLA_PASS_CUDA "AUTO" CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO (when there is an nvcc that works)")
+set_property(CACHE MLA_PASS_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(MLA_PASS_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, e.g. 80;90; empty: all that are known to nvcc")
+set(mla_pass_known_architectures 80 86 89 90 100 120)
+
+# The nvcc to use; empty where there is none, or where MLA_PASS_CUDA is OFF.
+function(mla_pass_find_nvcc result)
+  set(${result} "" PARENT_SCOPE)
+  if(MLA_PASS_CUDA STREQUAL "OFF")
+    return()
+  endif()
+  set(hints "")
+  if(DEFINED ENV{CUDACXX})
+    get_filename_component(folder "$ENV{CUDACXX}" DIRECTORY)
+    list(APPEND hints "${folder}")
+  endif()
+  foreach(variable IN ITEMS CUDA_HOME CUDA_PATH)
+    if(DEFINED ENV{${variable}})
+      list(APPEND hints "$ENV{${variable}}/bin")
+    endif()
+  endforeach()
+  get_filename_component(python "${Python_EXECUTABLE}" DIRECTORY)
+  foreach(prefix IN ITEMS "$ENV{VIRTUAL_ENV}" "${python}/..")
+    file(GLOB folders "${prefix}/lib/python3*/site-packages/nvidia/*/bin")
+    list(APPEND hints ${folders})
+  endforeach()
+  find_program(MLA_PASS_NVCC nvcc HINTS ${hints} PATHS /usr/local/cuda/bin DOC "CUDA's compiler")
+  if(MLA_PASS_NVCC)
+    set(${result} "${MLA_PASS_NVCC}" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# Whether it compiles a kernel: it may lack headers, or a host compiler that it takes.
+function(mla_pass_try_nvcc nvcc result said)
+  set(source "${CMAKE_CURRENT_BINARY_DIR}/try.cu")
+  file(WRITE "${source}" "extern \"C\" __global__ void nothing() {}\n")
+  execute_process(COMMAND "${nvcc}" ${ARGN} -ptx "${source}" -o "${source}.ptx"
+                  RESULT_VARIABLE code OUTPUT_VARIABLE out ERROR_VARIABLE out)
+  if(code EQUAL 0)
+    set(${result} TRUE PARENT_SCOPE)
+  else()
+    set(${result} FALSE PARENT_SCOPE)
+  endif()
+  string(STRIP "${out}" out)
+  set(${said} "${out}" PARENT_SCOPE)
+endfunction()
+
+# The asked-for architectures; those of the known ones that this nvcc compiles for where nobody asked.
+function(mla_pass_architectures nvcc result)
+  execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known)
+  set(chosen "${MLA_PASS_CUDA_ARCHITECTURES}")
+  if(NOT chosen)
+    foreach(architecture IN LISTS mla_pass_known_architectures)
+      if("${known}\n" MATCHES "sm_${architecture}\n")
+        list(APPEND chosen ${architecture})
+      endif()
+    endforeach()
+  endif()
+  foreach(architecture IN LISTS chosen)
+    if(NOT architecture MATCHES "^[0-9]+$" OR architecture LESS 80 OR NOT "${known}\n" MATCHES "sm_${architecture}\n")
+      message(FATAL_ERROR "MLA_PASS_CUDA_ARCHITECTURES holds ${architecture}; expected numbers from 80 on that "
+                          "${nvcc} --list-gpu-code lists")
+    endif()
+  endforeach()
+  list(SORT chosen COMPARE NATURAL)
+  list(REMOVE_DUPLICATES chosen)
+  set(${result} "${chosen}" PARENT_SCOPE)
+endfunction()
+
+# One command an architecture, for a build of many jobs to run side by side. Their output depends on the sources alone:
+# no path and no time gets into it.
+function(mla_pass_compile_kernels nvcc architectures flags fatbin)
+  set(source "${CMAKE_CURRENT_SOURCE_DIR}/cuda/kernels.cu")
+  # nvcc may be a script that calls another; its tools lie beside the one that is called.
+  execute_process(COMMAND "${nvcc}" --dryrun -ptx nothing.cu OUTPUT_VARIABLE plan ERROR_VARIABLE plan)
+  string(REGEX MATCH "_HERE_=([^\n]+)" ignored "${plan}")
+  find_program(MLA_PASS_FATBINARY fatbinary PATHS "${CMAKE_MATCH_1}" NO_DEFAULT_PATH REQUIRED)
+  set(images "")
+  set(files "")
+  list(GET architectures 0 first)
+  foreach(image IN ITEMS ${architectures} ptx)
+    if(image STREQUAL "ptx")
+      set(kind "PTX of ${first}")
+      set(file "${CMAKE_CURRENT_BINARY_DIR}/kernels.ptx")
+      set(target -ptx -arch=compute_${first})
+      list(APPEND images "--image3=kind=ptx,sm=${first},file=${file}")
+    else()
+      set(kind "machine code of ${image}")
+      set(file "${CMAKE_CURRENT_BINARY_DIR}/kernels_${image}.cubin")
+      set(target -cubin -arch=sm_${image})
+      list(APPEND images "--image3=kind=elf,sm=${image},file=${file}")
+    endif()
+    add_custom_command(OUTPUT "${file}"
+                       COMMAND "${nvcc}" ${flags} ${target} -MD -MF "${file}.d" -o "${file}" "${source}"
+                       DEPENDS "${source}" DEPFILE "${file}.d" VERBATIM COMMENT "Compiling CUDA kernels to ${kind}")
+    list(APPEND files "${file}")
+  endforeach()
+  add_custom_command(OUTPUT "${fatbin}" COMMAND "${MLA_PASS_FATBINARY}" -64 --compress-all --create=${fatbin} ${images}
+                     DEPENDS ${files} VERBATIM COMMENT "Joining CUDA kernels")
+endfunction()
+
+mla_pass_find_nvcc(nvcc)
+set(nvcc_flags -std=c++17 -O3 -ccbin "${CMAKE_CXX_COMPILER}")
+set(why "there is no nvcc")
+if(nvcc)
+  mla_pass_try_nvcc("${nvcc}" works why ${nvcc_flags})
+  if(NOT works)
+    set(why "${nvcc} does not compile: ${why}")
+    set(nvcc "")
+  endif()
+endif()
+if(nvcc)
+  mla_pass_architectures("${nvcc}" architectures)
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE version)
+  string(REGEX MATCH "release ([0-9.]+)" ignored "${version}")
+  set(toolkit "${CMAKE_MATCH_1}")
+  set(fatbin "${CMAKE_CURRENT_BINARY_DIR}/kernels.fatbin")
+  mla_pass_compile_kernels("${nvcc}" "${architectures}" "${nvcc_flags}" "${fatbin}")
+  string(REGEX REPLACE "([0-9]+)([0-9])" "\\1.\\2" capabilities "${architectures}")
+  string(REPLACE ";" ", " capabilities "${capabilities}")
+  set_source_files_properties(cuda/image.cc PROPERTIES OBJECT_DEPENDS "${fatbin}" COMPILE_DEFINITIONS
+    "MLA_PASS_FATBIN=\"${fatbin}\";MLA_PASS_CUDA_CAPABILITIES=\"${capabilities}\";MLA_PASS_CUDA_TOOLKIT=\"${toolkit}\"")
+  message(STATUS "mla_pass: CUDA kernels for ${capabilities} by CUDA ${toolkit}")
+elseif(MLA_PASS_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "MLA_PASS_CUDA is ON; expected an nvcc that works, but ${why}")
+elseif(NOT MLA_PASS_CUDA STREQUAL "OFF")
+  message(STATUS "mla_pass is built without CUDA kernels, for the CPU alone: ${why}. Install CUDA's compiler (pip "
+                 "install nvidia-cuda-nvcc) and install mla_pass again for them.")
+endif()
