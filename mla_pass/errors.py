@@ -15,3 +15,7 @@ class BudgetTooSmall(MlaPassError):
 
 class LossUnreachable(MlaPassError):
     """A largest loss that no cache keeps within, whatever its size."""
+
+
+class Unsupported(MlaPassError):
+    """Right in itself, but nothing that this machine's kernels compute: whoever has another way may take it."""

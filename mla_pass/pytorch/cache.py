@@ -161,7 +161,7 @@ class LatentRows(CacheLayerMixin):
     def extend(self, new: int) -> Tensor:
         """Make room for `new` rows; returns how many there are then, int64 [1]."""
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, new)) for x in (self.keys, self.values))
-        return torch.full((1,), self.keys.shape[2], dtype=torch.int64)
+        return torch.full((1,), self.keys.shape[2], dtype=torch.int64, device=self.keys.device)
 
     def keep(self, total: Tensor) -> None:
         """The rows are written: `total` of them count from here on. Here their tensors' size says so."""
@@ -208,9 +208,11 @@ class StaticLatentRows(LatentRows):
         return self.max_cache_len
 
     def start(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        """The buffer, at an address that does not change."""
+        """The buffer, at an address that does not change, and the count of its rows on the same device."""
         super().start(batch, dtype, device)
+        self.cumulative_length = self.cumulative_length.to(device)
         if not torch.compiler.is_compiling():
+            operator.settled(self.attributes, device)  # before anybody captures a step
             for x in (self.keys, self.values, self.cumulative_length):
                 torch._dynamo.mark_static_address(x)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mla_pass.onnx.body import INPUTS
 from mla_pass.pytorch.attention import attend
-from mla_pass.storage import CODED, OCTAVE, SEGMENTS, segment_length, segment_of
+from mla_pass.storage import CODED, OCTAVE, SEGMENTS, segment_length
 
 _CODED = {getattr(torch, coded.element.name): coded for coded in CODED.values()}
 """What eight-bit tensors of a type hold."""
@@ -26,12 +26,15 @@ def latent_attention(attributes: Mapping[str, Any], operands: Sequence[Tensor | 
     Where total_length is left out the cache grows and sizes alone decide: no number is looked at, so that it can be
     traced.
     """
-    given = dict(zip(INPUTS, operands, strict=False))
-    node = _Node({name: x for name, x in given.items() if x is not None}, attributes)
-    return node.run()
+    return Node(named(operands), attributes).run()
 
 
-class _Node:
+def named(operands: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Those that are given, by name."""
+    return {name: x for name, x in zip(INPUTS, operands, strict=False) if x is not None}
+
+
+class Node:
     """One execution; each method is one step."""
 
     def __init__(self, given: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
@@ -40,6 +43,8 @@ class _Node:
         self.by_sizes = "total_length" not in given
         self.total = given["past_latent"].shape[2] + self.new if self.by_sizes else int(given["total_length"])
         self.rows = torch.arange(self.total, device=given["query"].device)
+        self.own = self.rows[self.total - self.new :]
+        """Rows of the new tokens."""
 
     def run(self) -> tuple[Tensor, ...]:
         """Write the rows, attend over the live ones."""
@@ -77,7 +82,7 @@ class _Node:
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, S, p/2] of the new tokens' cached rotation."""
-        columns, positions = list(self.a["rope_index"]), self.given["position_ids"]
+        columns, positions = columns_of(self.a, "rope_index"), self.given["position_ids"]
         return self.given["cos"][positions][..., columns], self.given["sin"][positions][..., columns]
 
     def query(self) -> Tensor:
@@ -90,8 +95,8 @@ class _Node:
         query = query.reshape(self.batch, a["num_heads"], self.new, -1)
         nope, rope = query.split([a["nope_dim"], a["rope_dim"]], dim=-1)
         bands, still = self.bands(nope)
-        columns, rows = list(a["band_index"]), self.rows[self.total - self.new :]
-        bands = turn(bands, given["cos"][rows][:, columns], given["sin"][rows][:, columns])
+        columns = columns_of(a, "band_index")
+        bands = turn(bands, given["cos"][self.own][:, columns], given["sin"][self.own][:, columns])
         rope = turn(rope, *(x[:, None] for x in self.angles()))
         return torch.cat([bands, still, rope], -1)
 
@@ -119,7 +124,7 @@ class _Node:
     def mask(self) -> tuple[bool, Tensor | None]:
         """Whether attention is causal, and what else hides a key (boolean) or moves its score."""
         given, window, causal = self.given, self.a["local_window_size"], bool(self.a["causal"])
-        back = self.rows[self.total - self.new :, None] - self.rows
+        back = self.own[:, None] - self.rows
         keep: Tensor | None = back < window if window > 0 else None
         if causal and self.by_sizes:
             keep, causal = back >= 0 if keep is None else keep & (back >= 0), False
@@ -133,20 +138,24 @@ class _Node:
         return causal, keep
 
 
+def columns_of(a: Mapping[str, Any], name: str) -> Any:
+    """An attribute that lists columns of the tables, to index with: a list, or the tensor that it is already."""
+    return a[name] if isinstance(a[name], Tensor) else list(a[name])
+
+
 def band_factor(a: Mapping[str, Any], cos: Tensor, sin: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """exp(j theta centre) (a0 + j a1 delta) for every row and band pair, real and imaginary [T, m].
 
     `centre` is the middle of a row's block and may lie between two rows of the tables: theta is read off their row 1,
     exact while it is below pi radians per position.
     """
-    columns = list(a["band_index"])
-    block, a0, a1 = (torch.tensor(a[name], device=cos.device) for name in ("band_block", "band_a0", "band_a1"))
+    names = ("band_index", "band_block", "band_a0", "band_a1")
+    index, block, a0, a1 = (torch.as_tensor(a[name], device=cos.device) for name in names)
     first = torch.div(rows[:, None], block, rounding_mode="floor") * block
     middle = (block - 1).to(cos.dtype) / 2
-    phase = middle * torch.atan2(sin[1:2, columns].sum(0), cos[1:2, columns].sum(0))
+    phase = middle * torch.atan2(sin[1:2, index].sum(0), cos[1:2, index].sum(0))
     slope = a1.to(cos.dtype) * ((rows[:, None] - first).to(cos.dtype) - middle)
     fit_re, fit_im = turned(a0.to(cos.dtype), slope, torch.cos(phase), torch.sin(phase))
-    index = torch.tensor(columns, device=cos.device)
     return turned(fit_re, fit_im, cos[first, index], sin[first, index])
 
 
@@ -175,6 +184,7 @@ def encoded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def decoded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers [..., n] of eight-bit rows [..., n + 4]; see `mla_pass.storage.decoded`."""
     n = rows.shape[-1] - SEGMENTS
-    scale = torch.exp2((rows[..., n:].to(dtype) - _CODED[rows.dtype].zero) / OCTAVE)
+    step = torch.exp2((rows[..., n:].to(dtype) - _CODED[rows.dtype].zero) / OCTAVE)
+    scale = step[..., None].expand(*step.shape, segment_length(n)).flatten(-2)[..., :n]
     q = rows[..., :n].contiguous().view(torch.float8_e4m3fn) if rows.dtype == torch.uint8 else rows[..., :n]
-    return q.to(dtype) * scale[..., torch.from_numpy(segment_of(n)).to(rows.device)]
+    return q.to(dtype) * scale

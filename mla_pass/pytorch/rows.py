@@ -3,6 +3,8 @@
 Keys come and go *rotated*, as models cache them: they are turned back to be encoded, and turned again once decoded.
 A pair of a decoded key turns by its block's factor; that counts rows, the query's rotation counts positions, and a
 sequence padded by f rows on its left has row = position + f, so the factor is turned back by f.
+
+Nothing here waits for a device to tell a number.
 """
 
 from __future__ import annotations
@@ -14,29 +16,29 @@ import torch
 from torch import Tensor
 
 from mla_pass.errors import MlaPassError
-from mla_pass.pytorch.latent import band_factor, decoded, encoded, turn, turned
+from mla_pass.pytorch.buffer import most_rows, place, put
+from mla_pass.pytorch.latent import band_factor, columns_of, decoded, encoded, turn, turned
 
 
 def write_rows(
     a: Mapping[str, Any], key: Tensor, value: Tensor, latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor,
-    position_ids: Tensor, total: int, encode: Tensor, encode_bias: Tensor,
+    position_ids: Tensor, total: Tensor, encode: Tensor, encode_bias: Tensor,
 ) -> None:  # fmt: skip
     """Encode rotated keys [B, G, S, D] and values [B, G, S, V] into rows total-S..total-1 of the cache.
 
-    Raises MlaPassError when there is no room for them.
+    `total` int64 [1]. Nothing is written when there is no room for them.
     """
-    new = key.shape[2]
-    check_room(latent, cos, total)
+    rows, fits = place(total, key.shape[2], most_rows(latent, cos))
     angles = cos[position_ids], sin[position_ids]  # [B or 1, S, R/2]
     still = unrotated(key.float(), a, *angles)
     y = torch.cat([x.transpose(1, 2).flatten(2) for x in (still, value.float())], -1)  # [B, S, N]
     row = y @ encode.float().T + encode_bias.float()
     c, rho = row.split([a["rank"], a["rope_dim"]], dim=-1)
-    columns = list(a["rope_index"])
+    columns = columns_of(a, "rope_index")
     rho = turn(rho, angles[0][..., columns], angles[1][..., columns])
     for buffer, part in ((latent, c), (rope, rho)):
         packed = part if buffer.dtype.is_floating_point else encoded(part, buffer.dtype)
-        buffer[:, 0, total - new : total] = packed.to(buffer.dtype)
+        put(buffer, rows, packed[:, None], fits)
 
 
 def check_room(latent: Tensor, cos: Tensor, total: int) -> None:
@@ -50,12 +52,15 @@ def check_room(latent: Tensor, cos: Tensor, total: int) -> None:
 
 
 def decode(
-    a: Mapping[str, Any], latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, total: int,
-    maps: Mapping[str, Tensor | None], value_mean: Tensor,
+    a: Mapping[str, Any], latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, total: Tensor,
+    live: int, maps: Mapping[str, Tensor | None], value_mean: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Keys [B, G, T, D], rotated, and values [B, G, T, V] of the first T = `total` rows, float32."""
+    """Keys [B, G, T, D], rotated, and values [B, G, T, V] of the first T = `live` rows, float32.
+
+    `total` int64 [1] of them are filled.
+    """
     c, rho = (
-        x[:, :, :total].float() if x.dtype.is_floating_point else decoded(x[:, :, :total], torch.float32)
+        x[:, :, :live].float() if x.dtype.is_floating_point else decoded(x[:, :, :live], torch.float32)
         for x in (latent, rope)
     )
     wide = {name: x.float() for name, x in maps.items() if x is not None}
@@ -65,7 +70,7 @@ def decode(
         pairs = len(a["band_index"])
         if pairs:
             shift = total - 1 - position_ids[:, -1]  # [B or 1]: rows before the sequence's first token
-            factor = (x[:, None] for x in _factor(a, cos, sin, total, shift))
+            factor = (x[:, None] for x in _factor(a, cos, sin, live, shift.clamp(0, cos.shape[0] - 1)))
             keys = torch.cat([turn(keys[..., : 2 * pairs], *factor), keys[..., 2 * pairs :]], -1)
         parts.append(keys)
     groups = a["kv_groups"]
@@ -73,7 +78,7 @@ def decode(
         parts.append(rho.expand(-1, groups, -1, -1))
     key = torch.cat(parts, -1) @ wide["query_map"].transpose(1, 2)  # scores are query . (query_map key)
     scaling = torch.ones(key.shape[-1], device=key.device)
-    scaling[: a["rotary_dim"]] = 1 / a["attention_scaling"]  # the model's queries carry it already
+    scaling[: a["rotary_dim"]].fill_(1 / a["attention_scaling"])  # the model's queries carry it already
     value = c[..., a["value_offset"] :] @ wide["value_up"] + value_mean.float()[:, None]
     return key * scaling, value
 
@@ -88,8 +93,9 @@ def unrotated(x: Tensor, a: Mapping[str, Any], cos: Tensor, sin: Tensor) -> Tens
     return torch.cat([back, rest], -1)
 
 
-def _factor(a: Mapping[str, Any], cos: Tensor, sin: Tensor, total: int, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _factor(a: Mapping[str, Any], cos: Tensor, sin: Tensor, live: int, shift: Tensor) -> tuple[Tensor, Tensor]:
     """What turns the decoded pairs of rows 0..T-1, real and imaginary [B or 1, T, m]."""
-    re, im = band_factor(a, cos, sin, torch.arange(total, device=cos.device))
-    back = cos[shift][:, None, list(a["band_index"])], -sin[shift][:, None, list(a["band_index"])]
+    re, im = band_factor(a, cos, sin, torch.arange(live, device=cos.device))
+    columns = columns_of(a, "band_index")
+    back = cos[shift][:, None, columns], -sin[shift][:, None, columns]
     return turned(re, im, *back)
