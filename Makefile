@@ -2,24 +2,29 @@
 # make test        lint, types and the test suite
 # make slow-test   the tests that need minutes or a real model
 # make lint        ruff and mypy alone
+# make gpu-check   on a machine with a CUDA device: the tests that need one, and a table of times, in .venv-gpu
 # make test-native the kernels without ONNX Runtime, plain and under sanitizers (cmake and a C++ compiler)
 # make clean       remove the environment, builds, caches and what the demo wrote
 #
 # PYTHON=python3.12   the interpreter to make the environment from
 # PIP_ARGS=...        extra arguments for pip install, e.g. an index that has the CPU build of torch
 # TEST_ARGS=...       extra arguments for pytest, e.g. tests/onnx
+# CUDA_ARCHITECTURES="80;90"  compute capabilities to compile the CUDA kernels for, where there is an nvcc; "" for all. A
+#                     minute each; other devices compile them when they first load them.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 TEST_ARGS ?=
+CUDA_ARCHITECTURES ?= 80
 
 bin := $(VENV)/bin
-sources := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mla_pass/native/*.cc mla_pass/native/*.h mla_pass/native/*.txt)
+sources := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mla_pass/native/*.cc mla_pass/native/*.h mla_pass/native/*.txt mla_pass/native/cuda/*.*)
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
+install := install $(PIP_ARGS) -c constraints.txt -C "cmake.define.MLA_PASS_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 pytest := $(bin)/python -m pytest --timeout=300
 
-.PHONY: demo test slow-test test-native lint typecheck clean
+.PHONY: demo test slow-test test-native gpu-check gpu-here lint typecheck clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -41,7 +46,7 @@ sanitized := plain address,undefined thread
 test-native: $(foreach kind,$(sanitized),build/driver-$(kind)/.passed)
 
 build/driver-%/.passed: FORCE
-	cmake -S . -B $(@D) -DMLA_PASS_NATIVE=ON -DMLA_PASS_DRIVER=ON -DMLA_PASS_SANITIZE=$(filter-out plain,$*) > /dev/null
+	cmake -S . -B $(@D) -DMLA_PASS_NATIVE=ON -DMLA_PASS_CUDA=OFF -DMLA_PASS_DRIVER=ON -DMLA_PASS_SANITIZE=$(filter-out plain,$*) > /dev/null
 	cmake --build $(@D) --target mla_pass_driver
 	$(@D)/mla_pass/native/mla_pass_driver $(NATIVE_SECONDS)
 
@@ -61,12 +66,34 @@ $(bin)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(sources) | $(bin)/python
-	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch]"
+	$(pip) $(install) -e ".[cpu,torch]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(pip) install $(PIP_ARGS) -c constraints.txt -e ".[cpu,torch,genai,plot,test]"
+	$(pip) $(install) -e ".[cpu,torch,genai,plot,test]"
+	touch $@
+
+# onnxruntime-gpu and onnxruntime cannot share an environment, nor can builds of torch. The compiler comes first: the
+# library takes the nvcc of the environment that it is built in, and compiles for this machine's device alone.
+GPU_VENV ?= .venv-gpu
+gpu := $(GPU_VENV)/bin/python
+cuda_build := $(PYTHON) -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*extras["cuda-build"])'
+
+gpu-check: $(GPU_VENV)/.installed
+	$(gpu) -m pytest --timeout=1800 -m gpu $(TEST_ARGS)
+	$(gpu) -m benchmarks.gpu_decode --markdown build/gpu_decode.md
+	@echo "the table is in build/gpu_decode.md"
+
+gpu-here:
+	@$(PYTHON) benchmarks/gpu_here.py > /dev/null
+
+$(GPU_VENV)/.installed: $(sources) | gpu-here
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(gpu) -m pip install --quiet $(PIP_ARGS) $$($(cuda_build))
+	$(gpu) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -C cmake.define.MLA_PASS_CUDA=ON \
+	    -C "cmake.define.MLA_PASS_CUDA_ARCHITECTURES=$$($(PYTHON) benchmarks/gpu_here.py)" \
+	    -e ".[cuda,torch,triton,test]" "onnxruntime-gpu[cuda,cudnn]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo/cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) build dist demo/cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

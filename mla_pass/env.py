@@ -8,6 +8,7 @@ from typing import Any
 
 import mla_pass
 from mla_pass import native
+from mla_pass.errors import MlaPassError
 
 _CORE = ("numpy", "onnx", "onnx_ir", "ml_dtypes", "tqdm")
 _OPTIONAL = {
@@ -34,6 +35,10 @@ class Environment:
     """Path of the op library, None when it is not built."""
     instruction_sets: tuple[str, ...]
     """Those that the op library has kernels for and this processor runs, best first."""
+    cuda_kernels: tuple[str, ...]
+    """Compute capabilities that the op library has kernels for, none where it was built without CUDA's compiler."""
+    cuda_driver: str
+    """Version and devices of the CUDA driver, or why there is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -49,12 +54,16 @@ class Environment:
         rows.append(("native library", self.native_library or "not built: the op runs as stock ONNX ops"))
         if self.native_library:
             rows.append(("instruction sets", ", ".join(self.instruction_sets)))
+            absent = "not built: there was no nvcc, CUDA's compiler, when mla_pass was installed"
+            rows.append(("CUDA kernels", ", ".join(self.cuda_kernels) or absent))
+            rows.append(("CUDA driver", self.cuda_driver))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
 def environment() -> Environment:
     """Looks at this Python installation. Imports ONNX Runtime if it is there, and nothing else."""
+    built = native.find_library() is not None
     distributions = metadata.packages_distributions()
     return Environment(
         mla_pass=mla_pass.__version__,
@@ -63,8 +72,18 @@ def environment() -> Environment:
         packages={name: _version(name, distributions.get(name, ())) for name in (*_CORE, *_OPTIONAL)},
         providers=_providers(),
         native_library=native.find_library(),
-        instruction_sets=native.instruction_sets() if native.find_library() else (),
+        instruction_sets=native.instruction_sets() if built else (),
+        cuda_kernels=native.cuda_capabilities() if built else (),
+        cuda_driver=_cuda_driver() if built else "not asked for: the op library is not built",
     )
+
+
+def _cuda_driver() -> str:
+    try:
+        driver = native.cuda_driver()
+    except MlaPassError as error:
+        return str(error)
+    return f"CUDA {driver.version}, {', '.join(driver.devices) or 'no device'}"
 
 
 def _version(module: str, distributions: Iterable[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,32 @@ import pytest
 import mla_pass
 from mla_pass import native
 from mla_pass.errors import MlaPassError
-from mla_pass.onnx.session import CPU, session
+from mla_pass.onnx.session import CPU, CUDA, session
 from tests import latent_toy
-from tests.native_cases import Case, Drawn, check, needs_library, profile_of, run_session
+from tests.native_cases import (
+    FLOAT32_ERROR,
+    ROUNDING,
+    Case,
+    Drawn,
+    check,
+    needs_library,
+    profile_of,
+    run_session,
+)
 from tests.test_body import build
 
 ROOT = Path(__file__).parents[1]
 HEADER = (ROOT / "mla_pass" / "native" / "ort_api.h").read_text()
 SLOTS = {name: int(number) for name, number in re.findall(r"using (\w+) = Slot<(\d+),", HEADER)}
-VERSION = int(re.search(r"kApiVersion = (\d+)", HEADER).group(1))  # type: ignore[union-attr]
+VERSION, CUDA_VERSION = (
+    int(re.search(rf"{name} = (\d+)", HEADER).group(1))  # type: ignore[union-attr]
+    for name in ("kApiVersion", "kScratchVersion")
+)
 NEWEST = "ParallelFor"
 """The last slot in use; it came with API version 17, and so does every release from 1.17 on have it."""
+CUDA_NEWEST = "GetScratchBuffer"
+"""The last slot that only kernels on CUDA call; it came with API version 18."""
+SOURCES = ("op.cc", "ort_call.h", "ort_node.cc")
 
 pytestmark = needs_library
 
@@ -54,7 +70,9 @@ def api() -> Api:
 
 
 def test_every_slot_is_as_old_as_the_version_asked_for() -> None:
-    assert VERSION == 17 and len(SLOTS) > 15 and max(SLOTS.values()) == SLOTS[NEWEST] == 274
+    assert VERSION == 17 and len(SLOTS) > 15 and SLOTS[NEWEST] == 274
+    assert CUDA_VERSION == 18 and SLOTS[CUDA_NEWEST] == 277
+    assert [name for name, number in SLOTS.items() if number > SLOTS[NEWEST]] == [CUDA_NEWEST]
     assert len(set(SLOTS.values())) == len(SLOTS)
 
 
@@ -73,8 +91,40 @@ def test_domains_are_made(api: Api) -> None:
 
 def test_every_other_slot_is_called_by_the_suite() -> None:
     # The rest takes a kernel's context: tests/test_native.py runs each of them, as long as the operator calls each.
-    source = (ROOT / "mla_pass" / "native" / "op.cc").read_text()
-    assert [name for name in SLOTS if f"ort::{name}" not in source] == []
+    source = "".join((ROOT / "mla_pass" / "native" / name).read_text() for name in SOURCES)
+    assert [name for name in SLOTS if not re.search(rf"<(ort::)?{name}[,>]", source)] == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the operator that asks is built with g++")
+def test_what_kernels_on_cuda_ask_of_a_run(tmp_path: Path) -> None:
+    # All but memory on a stream, of which the CPU has none.
+    library, native_folder = tmp_path / "libprobe.so", ROOT / "mla_pass" / "native"
+    flags = ["-std=c++17", "-fPIC", "-shared", f"-I{native_folder}", "-o", str(library)]
+    subprocess.run(["g++", *flags, str(ROOT / "tests" / "native" / "probe.cc")], check=True)
+    node = onnx.helper.make_node("Probe", ["x"], ["y"], domain="probe")
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, kind, [3])
+        for name, kind in (("x", onnx.TensorProto.FLOAT), ("y", onnx.TensorProto.INT64))
+    )
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("probe", 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    opened = ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    (found,) = opened.run(None, {"x": np.zeros(3, np.float32)})
+    assert found.tolist() == [0, 0, 42]
+
+
+def test_a_session_that_asks_for_cuda_where_there_is_none_has_the_kernels_of_the_cpu() -> None:
+    if CUDA in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    drawn = Drawn(Case(dtype="float16", past=20, blocks=(4, 16)))
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(native.library_path())
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
+        opened = ort.InferenceSession(drawn.model().SerializeToString(), options, providers=[CUDA, CPU])
+    assert opened.get_providers() == [CPU]
+    check(drawn, run_session(opened, drawn.feeds()), ROUNDING["float16"] + FLOAT32_ERROR)
 
 
 def two_variants() -> tuple[onnx.ModelProto, Drawn]:
@@ -157,5 +207,5 @@ def test_kernels_of_an_instruction_set_define_nothing_others_could_call() -> Non
 def test_the_library_needs_nothing_but_the_system() -> None:
     ran = subprocess.run(["ldd", native.library_path()], capture_output=True, text=True, check=True)
     names = {Path(line.split()[0]).name.split(".so")[0] for line in ran.stdout.splitlines()}
-    system = {"linux-vdso", "libstdc++", "libm", "libgcc_s", "libc", "libpthread"}
+    system = {"linux-vdso", "libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl"}
     assert {name for name in names if not name.startswith("ld-linux")} <= system

@@ -27,6 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     build = out / "build"
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    command += ["-C", "cmake.define.MLA_PASS_CUDA=OFF"]  # tests/test_cuda_gates.py compiles the kernels
     subprocess.run([*command, "-C", f"build-dir={build}", "-w", str(out), str(ROOT)], check=True)
     (built,) = out.glob("*.whl")
     return built
@@ -55,7 +56,8 @@ def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
 def test_the_wheel_holds_the_op_library_and_not_its_sources(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "mla_pass/lib/libmla_pass.so" in names and "mla_pass/native/__init__.py" in names
-    assert [name for name in names if name.endswith((".cc", ".h", "CMakeLists.txt"))] == []
+    sources = (".cc", ".h", ".cu", ".cuh", ".def", ".cmake", "CMakeLists.txt")
+    assert [name for name in names if name.endswith(sources) or "native/cuda" in name] == []
     assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
 
 
@@ -78,6 +80,80 @@ def test_without_a_compiler_an_install_says_so_and_goes_on(tmp_path: Path) -> No
         [*command, "-DMLA_PASS_NATIVE=ON"], env=environment | {"PATH": str(path)}, capture_output=True, text=True
     )
     assert forced.returncode != 0
+
+
+class TestCudaKernels:
+    """What a build says of them; nothing is compiled but a kernel that does nothing."""
+
+    NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;
+  *--list-gpu-code*) printf 'sm_80\nsm_86\nsm_90\n' ;;
+  *--dryrun*) echo "#$ _HERE_={tools}" >&2 ;;
+  *nothing.cu*) exit 1 ;;
+  *) echo "{said}"; exit {status} ;;
+esac
+"""
+
+    def configure(self, folder: Path, *options: str, nvcc: str = "", **variables: str) -> tuple[int, str]:
+        """Status and sayings of cmake where `nvcc` is the CUDA compiler, or where `variables` tell of one."""
+        tools = folder / "tools"
+        tools.mkdir()
+        (tools / "fatbinary").write_text("#!/bin/sh\n")
+        (tools / "fatbinary").chmod(0o755)
+        if nvcc:
+            (folder / "nvcc").write_text(nvcc.replace("{tools}", str(tools)))
+            (folder / "nvcc").chmod(0o755)
+            variables["CUDACXX"] = str(folder / "nvcc")
+        else:
+            options += () if variables else ("-DMLA_PASS_NVCC=",)  # as if the search had come to nothing
+        kept = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV")}
+        command = ["cmake", "-S", ROOT, "-B", folder / "build", "-DMLA_PASS_NATIVE=ON", *options]
+        ran = subprocess.run(command, env=kept | variables, capture_output=True, text=True)
+        return ran.returncode, " ".join((ran.stdout + ran.stderr).split())
+
+    def working(self) -> str:
+        return self.NVCC.replace("{said}", "").replace("{status}", "0")
+
+    def test_without_nvcc_it_is_a_cpu_build_and_says_so(self, tmp_path: Path) -> None:
+        status, told = self.configure(tmp_path)
+        assert status == 0
+        assert "mla_pass is built without CUDA kernels, for the CPU alone: there is no nvcc. Install CUDA" in told
+
+    def test_one_that_does_not_work_is_none(self, tmp_path: Path) -> None:
+        nvcc = self.NVCC.replace("{said}", "no headers").replace("{status}", "1")
+        status, told = self.configure(tmp_path, nvcc=nvcc)
+        assert status == 0 and f"for the CPU alone: {tmp_path}/nvcc does not compile: no headers." in told
+
+    def test_where_they_are_asked_for_there_has_to_be_one(self, tmp_path: Path) -> None:
+        status, told = self.configure(tmp_path, "-DMLA_PASS_CUDA=ON")
+        assert status != 0 and "MLA_PASS_CUDA is ON; expected an nvcc that works, but there is no nvcc" in told
+
+    def test_off(self, tmp_path: Path) -> None:
+        status, told = self.configure(tmp_path, "-DMLA_PASS_CUDA=OFF", nvcc=self.working())
+        assert status == 0 and "CUDA" not in told
+
+    def test_all_architectures_that_it_knows(self, tmp_path: Path) -> None:
+        status, told = self.configure(tmp_path, nvcc=self.working())
+        assert status == 0 and "mla_pass: CUDA kernels for 8.0, 8.6, 9.0 by CUDA 12.4" in told
+
+    def test_those_that_are_asked_for(self, tmp_path: Path) -> None:
+        status, told = self.configure(tmp_path, "-DMLA_PASS_CUDA_ARCHITECTURES=90;80", nvcc=self.working())
+        assert status == 0 and "mla_pass: CUDA kernels for 8.0, 9.0 by CUDA 12.4" in told
+
+    @pytest.mark.parametrize("asked", ["120", "70", "9.0", "90a"])
+    def test_one_that_it_does_not_know(self, tmp_path: Path, asked: str) -> None:
+        status, told = self.configure(tmp_path, f"-DMLA_PASS_CUDA_ARCHITECTURES={asked}", nvcc=self.working())
+        assert status != 0
+        assert f"MLA_PASS_CUDA_ARCHITECTURES holds {asked}; expected numbers from 80 on that {tmp_path}/nvcc" in told
+
+    def test_one_of_the_python_environment(self, tmp_path: Path) -> None:
+        folder = tmp_path / "lib" / "python3.11" / "site-packages" / "nvidia" / "cu13" / "bin"
+        folder.mkdir(parents=True)
+        (folder / "nvcc").write_text(self.working().replace("{tools}", str(tmp_path / "tools")))
+        (folder / "nvcc").chmod(0o755)
+        status, told = self.configure(tmp_path, VIRTUAL_ENV=str(tmp_path))
+        assert status == 0 and "mla_pass: CUDA kernels for 8.0, 8.6, 9.0 by CUDA 12.4" in told
 
 
 def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mla_pass import native
 from mla_pass.errors import MlaPassError
 from mla_pass.onnx.ports import read_ports
-from mla_pass.onnx.session import Decoder, ModelSession, host_view, session
+from mla_pass.onnx.session import CPU, CUDA, Decoder, ModelSession, computes_in, host_view, session
 from tests import latent_toy
+from tests.native_cases import Case, Drawn, needs_library
 
 WEIGHTS = latent_toy.weights()
 VOCAB = len(WEIGHTS.embed)
@@ -151,6 +154,84 @@ class TestBadModels:
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(MlaPassError, match=r"mla-pass\[cpu\]"):
             session(shared.path)
+
+
+class TestCuda:
+    """What can be told of a provider that is not there: which of the two ways its LatentAttention nodes would go."""
+
+    @pytest.fixture(autouse=True)
+    def offered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+
+    @staticmethod
+    def opened(folder: Path, dtype: str, fused: bool | None) -> ModelSession:
+        path = folder / "model.onnx"
+        onnx.save(Drawn(Case(dtype=dtype)).model(), path)
+        return session(path, providers=[CUDA], fused=fused)
+
+    @needs_library
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_the_library_is_registered_where_it_has_kernels(
+        self, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        registered: list[str] = []
+
+        def register(options: object, path: str) -> None:
+            registered.append(path)
+
+        def make(path: str, options: object, providers: list[str]) -> None:
+            assert providers == [CUDA]
+            raise Opened
+
+        monkeypatch.setattr(onnxruntime.SessionOptions, "register_custom_ops_library", register)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+        for built in ((), ("8.0",)):
+            monkeypatch.setattr(native, "cuda_capabilities", lambda built=built: built)
+            for fused in (None, False):
+                with pytest.raises(Opened):
+                    self.opened(tmp_path, dtype, fused)
+        assert registered == ([] if dtype == "float32" else [native.library_path()])
+
+    @needs_library
+    def test_asking_for_what_there_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "cuda_capabilities", lambda: ("8.0",))
+        told = r"computes attention in float32; expected float16 or bfloat16 for CUDA kernels, or fused=False"
+        with pytest.raises(MlaPassError, match=told):
+            self.opened(tmp_path, "float32", True)
+        monkeypatch.setattr(native, "cuda_capabilities", lambda: ())
+        with pytest.raises(MlaPassError, match=r"built without CUDA kernels; expected .*nvcc.*, or fused=False"):
+            self.opened(tmp_path, "float16", True)
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OtherExecutionProvider"])
+        with pytest.raises(MlaPassError, match=r"no kernel for OtherExecutionProvider; expected CPU.* or CUDA"):
+            session(tmp_path, providers=["OtherExecutionProvider"], fused=True)
+
+    @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+    def test_a_provider_that_does_not_start(self, shared: ModelSession, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "find_library", lambda: None)
+        told = r"could not start \['CUDAExecutionProvider'\] and fell back to \['CPUExecutionProvider'\]; check"
+        with pytest.raises(MlaPassError, match=told):
+            session(shared.path, providers=[CUDA])
+
+    def test_what_a_model_computes_in_is_read_off_its_graph(self, tmp_path: Path) -> None:
+        def value(name: str, kind: int) -> onnx.ValueInfoProto:
+            return helper.make_tensor_value_info(name, kind, [1])
+
+        weight = numpy_helper.from_array(np.ones((1, 1), np.float16), "weight")
+        nodes = [
+            helper.make_node("Gather", ["weight", "ids"], ["embedded"]),
+            helper.make_node("Cast", ["embedded"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("LatentAttention", ["wide"], ["a"], domain="mla_pass"),
+            helper.make_node("MatMul", ["embedded", "weight"], ["query"]),
+            helper.make_node("LatentAttention", ["query"], ["b"], domain="mla_pass"),
+        ]
+        for kept, want in ((3, {"float32"}), (5, {"float32", "float16"}), (2, set())):
+            graph = helper.make_graph(nodes[:kept], "g", [value("ids", TensorProto.INT64)], [], [weight])
+            onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+            assert computes_in(tmp_path / "model.onnx") == want
+
+
+class Opened(Exception):
+    """Raised where a session would be made."""
 
 
 class TestDecoder:

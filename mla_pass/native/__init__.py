@@ -10,6 +10,9 @@ a kernel and leaves the function alone; without it the function runs. `mla_pass.
 Environment variables, read when a session or a `kernel.Layout` is made: ``MLA_PASS_ISA`` names the instruction set to
 use in place of the best one (see :func:`instruction_sets`), ``MLA_PASS_FORM`` is ``absorbed`` or ``expanded`` to
 compute every call in that form in place of the one that takes less arithmetic.
+
+Where it was built with CUDA's compiler the library has kernels for CUDA, too, of float16 and bfloat16; they are loaded
+through the machine's driver when they are first needed.
 """
 
 from __future__ import annotations
@@ -53,6 +56,45 @@ def instruction_sets() -> tuple[str, ...]:
     while (name := isa(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
+
+
+def cuda_capabilities() -> tuple[str, ...]:
+    """Compute capabilities, e.g. "8.0", that the library has CUDA kernels for; none where it was built without.
+
+    Devices of others compile the kernels when they first load them, if they are of 8.0 or newer.
+    """
+    capabilities = _library().mla_pass_cuda_capabilities
+    capabilities.restype, capabilities.argtypes = ctypes.c_char_p, []
+    return tuple(filter(None, capabilities().decode().split(", ")))
+
+
+@dataclass(frozen=True)
+class CudaDriver:
+    """The CUDA driver of this machine."""
+
+    version: str
+    """The newest CUDA that it serves, e.g. "13.0"."""
+    devices: tuple[str, ...]
+    """Names, by number."""
+
+
+def cuda_driver() -> CudaDriver:
+    """What driver and devices this machine has. Raises MlaPassError saying why where there is none that works."""
+    library, message = _library(), ctypes.create_string_buffer(1024)
+    count, version = ctypes.c_int32(), ctypes.c_int32()
+    told = (message, ctypes.c_size_t(len(message)))
+
+    def text() -> str:
+        return message.value.decode(errors="replace").removeprefix("LatentAttention: ")
+
+    if library.mla_pass_cuda_devices(ctypes.byref(count), ctypes.byref(version), *told):
+        raise MlaPassError(text())
+    names: list[str] = []
+    for device in range(count.value):
+        if library.mla_pass_cuda_device_name(ctypes.c_int32(device), *told):
+            raise MlaPassError(text())
+        names.append(text())
+    return CudaDriver(f"{version.value // 1000}.{version.value % 1000 // 10}", tuple(names))
 
 
 @dataclass(frozen=True)

@@ -254,11 +254,38 @@ Index total_length(const Layout& layout, const Checker& check, const Inputs& inp
   return static_cast<Index>(total);
 }
 
-void check_positions(const Checker& check, const Inputs& inputs, Index batch, Index fresh) {
-  const Index sequences = check.dim(kPositionIds, 0) == 1 ? 1 : batch, most = check.dim(kCos, 0);
+// T where a shape tells it: each row that is filled has a column in a mask and in a bias. Otherwise what fits the cache
+// and, for bands, the tables.
+Index bound(const Layout& layout, const Checker& check, const Inputs& inputs, Index fresh) {
+  check.shape(kTotalLength, {{"1", 1}});
+  const Index rows = check.dim(kPastLatent, 2);
+  if (!layout.attributes.shared_buffer) return rows + fresh;
+  if (rows < fresh) {
+    throw Refused("the cache is full: input past_latent has room for " + text(rows) + " rows, and query holds " +
+                  text(fresh) + " new tokens; expected a capacity of at least " + text(fresh));
+  }
+  for (const Input input : {kPaddingMask, kAttentionBias}) {
+    if (!check.given(input)) continue;
+    const Tensor& tensor = inputs[input];
+    require_rank(inputs, input, input == kPaddingMask ? 2 : 4, "[..., total_length]");
+    const Index columns = tensor.dims[static_cast<std::size_t>(tensor.rank - 1)];
+    if (columns >= fresh && columns <= rows) return columns;
+    throw Refused("input " + std::string(kInputNames[input]) + " has " + text(columns) +
+                  " columns, as many as rows are filled; expected " + text(fresh) + ", the new tokens of query, to " + text(rows) +
+                  ", the rows of past_latent");
+  }
+  return layout.band_index.empty() ? rows : std::clamp(check.dim(kCos, 0), fresh, rows);
+}
+
+void check_positions(const Checker& check, Index batch, Index fresh) {
+  const Index sequences = check.dim(kPositionIds, 0) == 1 ? 1 : batch;
   check.shape(kPositionIds, {{"batch", sequences}, {"tokens", fresh}});
+}
+
+void read_positions(const Checker& check, const Inputs& inputs) {
+  const Index count = check.dim(kPositionIds, 0) * check.dim(kPositionIds, 1), most = check.dim(kCos, 0);
   const std::int64_t* position = inputs[kPositionIds].as<std::int64_t>();
-  for (Index i = 0; i < sequences * fresh; ++i) {
+  for (Index i = 0; i < count; ++i) {
     if (position[i] < 0 || position[i] >= most) {
       throw Refused("input position_ids holds " + text(position[i]) + "; expected 0 to " + text(most - 1) +
                     ", the rows of cos");
@@ -296,8 +323,7 @@ void check_maps(const Layout& layout, const Inputs& inputs, const Checker& check
   }
 }
 
-void check_tables(const Layout& layout, const Inputs& inputs, const Checker& check, Sizes& size) {
-  require_rank(inputs, kCos, 2, "float32 [positions, rotary pairs]");
+void check_tables(const Layout& layout, const Checker& check, Sizes& size) {
   size.angles = check.dim(kCos, 1);
   // Bands read the tables at cached rows and, for the angle itself, at row 1.
   const Index rows = size.pairs > 0 ? std::max<Index>(size.total, 2) : 1;
@@ -343,7 +369,7 @@ Sizes from_attributes(const Layout& layout) {
 
 }  // namespace
 
-Sizes checked(const Layout& layout, const Inputs& inputs, Type model) {
+Sizes checked(const Layout& layout, const Inputs& inputs, Type model, Memory memory) {
   const Checker check(inputs, model);
   Sizes size = from_attributes(layout);
   require_rank(inputs, kQuery, 3, "[batch, tokens, num_heads * head size]");
@@ -355,11 +381,15 @@ Sizes checked(const Layout& layout, const Inputs& inputs, Type model) {
   check.cache(kPastLatent, size.batch, -1, "split", size.split);
   const Index rows = check.dim(kPastLatent, 2);
   check.cache(kPastRope, size.batch, rows, "rank + rope_dim - split", size.rank + size.rope_dim - size.split);
-  size.total = total_length(layout, check, inputs, size.fresh);
+  require_rank(inputs, kCos, 2, "float32 [positions, rotary pairs]");
+  const bool here = memory == Memory::host;
+  size.total = (here ? total_length : bound)(layout, check, inputs, size.fresh);
+  size.exact = here || !layout.attributes.shared_buffer || check.given(kPaddingMask) || check.given(kAttentionBias);
   size.capacity = layout.attributes.shared_buffer ? rows : size.total;
-  check_tables(layout, inputs, check, size);
+  check_tables(layout, check, size);
   require_rank(inputs, kPositionIds, 2, "int64 [batch or 1, tokens]");
-  check_positions(check, inputs, size.batch, size.fresh);
+  check_positions(check, size.batch, size.fresh);
+  if (here) read_positions(check, inputs);
   size.position_step = check.dim(kPositionIds, 0) == 1 ? 0 : size.fresh;
   check.optional(kPaddingMask, {{"batch", size.batch}, {"total_length", size.total}});
   check_bias(inputs, check, size);

@@ -17,6 +17,12 @@ class Refused : public std::runtime_error {
   explicit Refused(const std::string& message) : std::runtime_error("LatentAttention: " + message) {}
 };
 
+// Right in itself, but nothing that the kernels at hand compute: whoever has other kernels may take them.
+class Unsupported : public Refused {
+ public:
+  using Refused::Refused;
+};
+
 // Element types by ONNX's numbers.
 enum class Type : int { float32 = 1, uint8 = 2, int8 = 3, int64 = 7, float16 = 10, bfloat16 = 16 };
 
@@ -97,9 +103,14 @@ struct Layout {
 // Throws Refused when the attributes contradict themselves.
 Layout checked(const Attributes& attributes);
 
+// Where inputs lie: in memory that can be read here, or in a device's.
+enum class Memory { host, device };
+
 // All sizes of one execution. Throws Refused naming the first input that is not as it should be; what it accepts,
-// kernels may read and write without another look.
-Sizes checked(const Layout& layout, const Inputs& inputs, Type model);
+// kernels may read and write without another look. Inputs on a device are known by type and shape alone: what
+// total_length, position_ids and padding_mask hold is for kernels there to check, and `total` is the most T can be
+// where no shape tells T.
+Sizes checked(const Layout& layout, const Inputs& inputs, Type model, Memory memory = Memory::host);
 
 // New tokens from which the expanded form takes fewer multiply-adds than the absorbed one; Variant.expand_from in
 // mla_pass/onnx/body.py counts the same. No number of tokens: the largest Index.

@@ -9,24 +9,32 @@
 #include <vector>
 
 #include "attention.h"
+#include "cuda/call.h"
+#include "cuda/driver.h"
+#include "cuda/image.h"
 #include "isa.h"
 #include "pool.h"
 
 namespace mla_pass {
 namespace {
 
-// Runs `work`; false, and the sentence in `message`, when it throws.
+constexpr int kRefused = 1;
+
+// Runs `work`; what the C function is to return, with the sentence in `message` when it throws.
 template <class Work>
-bool guarded(char* message, std::size_t room, const Work& work) {
+int guarded(char* message, std::size_t room, const Work& work) {
   try {
     work();
-    return true;
+    return 0;
+  } catch (const Unsupported& error) {
+    std::snprintf(message, room, "%s", error.what());
+    return kMlaPassUnsupported;
   } catch (const Refused& error) {
     std::snprintf(message, room, "%s", error.what());
   } catch (const std::exception& error) {
     std::snprintf(message, room, "LatentAttention: %s", error.what());
   }
-  return false;
+  return kRefused;
 }
 
 template <class List>
@@ -65,7 +73,7 @@ std::string shape_of(std::initializer_list<Index> dims) {
 
 // An empty tensor often has no memory, which kernels would take for its absence.
 void* memory_of(const MlaPassTensor& given, const char* kind, const char* name) {
-  static float nothing;
+  alignas(16) static float nothing;
   const bool empty = std::any_of(given.dims, given.dims + given.rank, [](std::int64_t dim) { return dim == 0; });
   if (given.data != nullptr || empty) return given.data == nullptr ? &nothing : given.data;
   throw Refused(std::string(kind) + name + " points to no memory; expected the address of its elements");
@@ -123,16 +131,26 @@ Held* make(const MlaPassAttributes& given) {
   return new Held{std::move(layout), chosen_isa(), form_from_environment()};
 }
 
-void attend(const Held& held, const MlaPassTensor* given, const MlaPassTensor& given_context, Index workers) {
-  if (workers < 1) throw Refused("threads is " + std::to_string(workers) + "; expected at least 1");
+Inputs read(const MlaPassTensor* given) {
   Inputs inputs{};
   for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i] = read(given[i], "input ", kInputNames[i]);
-  const Type model = model_of(inputs[kQuery]);
-  const Sizes size = checked(held.layout, inputs, model);
+  return inputs;
+}
+
+// The context, and the cache in place.
+Outputs outputs_of(const MlaPassTensor& given_context, const Inputs& inputs, const Sizes& size, Type model) {
   const Tensor context = read(given_context, "output ", "context");
   check_context(context, size, model);
   const auto written = [](const Tensor& tensor) { return const_cast<void*>(tensor.data); };
-  const Outputs outputs = {written(context), written(inputs[kPastLatent]), written(inputs[kPastRope])};
+  return {written(context), written(inputs[kPastLatent]), written(inputs[kPastRope])};
+}
+
+void attend(const Held& held, const MlaPassTensor* given, const MlaPassTensor& context, Index workers) {
+  if (workers < 1) throw Refused("threads is " + std::to_string(workers) + "; expected at least 1");
+  const Inputs inputs = read(given);
+  const Type model = model_of(inputs[kQuery]);
+  const Sizes size = checked(held.layout, inputs, model);
+  const Outputs outputs = outputs_of(context, inputs, size, model);
   const Threads threads = own_threads(workers);
   switch (model) {
     case Type::float16:
@@ -143,6 +161,24 @@ void attend(const Held& held, const MlaPassTensor* given, const MlaPassTensor& g
       return run<float>(held.layout, size, inputs, outputs, held.isa, held.form, threads);
   }
 }
+
+cuda::Call cuda_call(const Held& held, const Inputs& inputs, int device) {
+  return cuda::make_call(held.layout, inputs, held.form, device, cuda::Bias::any_width);
+}
+
+void cuda_attend(const Held& held, const MlaPassTensor* given, const MlaPassTensor& context, int device, void* stream,
+                 void* scratch, std::uint64_t bytes) {
+  const Inputs inputs = read(given);
+  const cuda::Call call = cuda_call(held, inputs, device);
+  const Outputs outputs = outputs_of(context, inputs, call.size, static_cast<Type>(inputs[kQuery].type));
+  if (bytes < call.plan.scratch_bytes) {
+    throw Refused("scratch holds " + std::to_string(bytes) + " bytes; expected " +
+                  std::to_string(call.plan.scratch_bytes) + ", as mla_pass_cuda_scratch tells");
+  }
+  cuda::run(call, inputs, outputs, device, stream, scratch);
+}
+
+const Held& held_by(const void* layout) { return *static_cast<const Held*>(layout); }
 
 }  // namespace
 }  // namespace mla_pass
@@ -157,6 +193,37 @@ MLA_PASS_EXPORT void mla_pass_layout_free(void* layout) noexcept { delete static
 
 MLA_PASS_EXPORT int mla_pass_attend(const void* layout, const MlaPassTensor* inputs, const MlaPassTensor* context,
                                     std::int64_t threads, char* message, std::size_t room) noexcept {
-  const auto& held = *static_cast<const mla_pass::Held*>(layout);
-  return mla_pass::guarded(message, room, [&] { mla_pass::attend(held, inputs, *context, threads); }) ? 0 : 1;
+  return mla_pass::guarded(message, room,
+                           [&] { mla_pass::attend(mla_pass::held_by(layout), inputs, *context, threads); });
+}
+
+MLA_PASS_EXPORT int mla_pass_cuda_scratch(const void* layout, const MlaPassTensor* inputs, std::int32_t device,
+                                          std::uint64_t* bytes, char* message, std::size_t room) noexcept {
+  return mla_pass::guarded(message, room, [&] {
+    *bytes = mla_pass::cuda_call(mla_pass::held_by(layout), mla_pass::read(inputs), device).plan.scratch_bytes;
+  });
+}
+
+MLA_PASS_EXPORT int mla_pass_cuda_attend(const void* layout, const MlaPassTensor* inputs, const MlaPassTensor* context,
+                                         std::int32_t device, void* stream, void* scratch, std::uint64_t bytes,
+                                         char* message, std::size_t room) noexcept {
+  return mla_pass::guarded(message, room, [&] {
+    mla_pass::cuda_attend(mla_pass::held_by(layout), inputs, *context, device, stream, scratch, bytes);
+  });
+}
+
+MLA_PASS_EXPORT const char* mla_pass_cuda_capabilities() noexcept { return mla_pass::cuda::image().capabilities; }
+
+MLA_PASS_EXPORT int mla_pass_cuda_devices(std::int32_t* count, std::int32_t* version, char* message,
+                                          std::size_t room) noexcept {
+  return mla_pass::guarded(message, room, [&] {
+    *count = mla_pass::cuda::device_count();
+    *version = mla_pass::cuda::driver_version();
+  });
+}
+
+MLA_PASS_EXPORT int mla_pass_cuda_device_name(std::int32_t device, char* message, std::size_t room) noexcept {
+  return mla_pass::guarded(message, room, [&] {
+    std::snprintf(message, room, "%s", mla_pass::cuda::device_name(device).c_str());
+  });
 }

@@ -45,3 +45,30 @@ MLA_PASS_EXPORT void mla_pass_layout_free(void* layout) noexcept;
 // something else where something is refused. Threads may use a layout at the same time, on caches of their own.
 MLA_PASS_EXPORT int mla_pass_attend(const void* layout, const MlaPassTensor* inputs, const MlaPassTensor* context,
                                     std::int64_t threads, char* message, std::size_t room) noexcept;
+
+// What the CUDA functions return where kernels for these inputs, this device or this driver do not exist.
+constexpr int kMlaPassUnsupported = 2;
+
+// Bytes of working memory that mla_pass_cuda_attend needs for inputs of these types and shapes.
+MLA_PASS_EXPORT int mla_pass_cuda_scratch(const void* layout, const MlaPassTensor* inputs, std::int32_t device,
+                                          std::uint64_t* bytes, char* message, std::size_t room) noexcept;
+
+// As mla_pass_attend, with all tensors in the memory of CUDA device number `device`, on its stream `stream`, a CUstream
+// or null for the default one: returns once the work is queued. `scratch`, at a multiple of 256, is free again once the
+// stream got there. What memory holds is read on the device alone, so that a captured graph of it may be replayed:
+// a total_length or positions that the inputs contradict make the context NaN. Without a padding_mask an
+// attention_bias may have columns behind the filled rows, too. Returns 0, kMlaPassUnsupported, or something else where
+// the inputs are refused or the driver fails.
+MLA_PASS_EXPORT int mla_pass_cuda_attend(const void* layout, const MlaPassTensor* inputs, const MlaPassTensor* context,
+                                         std::int32_t device, void* stream, void* scratch, std::uint64_t bytes,
+                                         char* message, std::size_t room) noexcept;
+
+// Compute capabilities that the library has CUDA kernels for, e.g. "8.0, 9.0"; empty where it was built without.
+MLA_PASS_EXPORT const char* mla_pass_cuda_capabilities() noexcept;
+
+// Number of CUDA devices and the newest CUDA that the driver serves, e.g. 13000.
+MLA_PASS_EXPORT int mla_pass_cuda_devices(std::int32_t* count, std::int32_t* version, char* message,
+                                          std::size_t room) noexcept;
+
+// The name of one of them, as its message.
+MLA_PASS_EXPORT int mla_pass_cuda_device_name(std::int32_t device, char* message, std::size_t room) noexcept;

@@ -3,6 +3,9 @@
     layout = Layout(attributes)                      # by the names of mla_pass.onnx.body.ATTRIBUTES
     layout.attend(inputs, context, threads=4)        # in the order of mla_pass.onnx.body.INPUTS
 
+    size = layout.cuda_scratch(inputs, device=0)     # the same in the memory of a CUDA device
+    layout.attend_cuda(inputs, context, device=0, stream=0, scratch=address, scratch_bytes=size)
+
 The cache is a shared buffer: new rows are written into the memory of past_latent and past_rope. The environment
 variables of `mla_pass.native` are read when a Layout is made.
 """
@@ -18,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from mla_pass.errors import MlaPassError
+from mla_pass.errors import MlaPassError, Unsupported
 from mla_pass.native import library_path
 
 INPUTS = 14
@@ -29,6 +32,8 @@ TYPES = {
 }  # fmt: skip
 MOST_DIMS = 8
 _MESSAGE = ctypes.c_char * 1024
+_UNSUPPORTED = 2
+"""What functions of CUDA return where there is no kernel for what they were given."""
 
 
 class Operand(NamedTuple):
@@ -66,14 +71,51 @@ class Layout:
         `inputs` in the operator's order, None where one is absent; all that come after the last may be left out.
         Raises MlaPassError naming the input that is not as it should be; nothing is written then.
         """
-        if len(inputs) > INPUTS:
-            raise MlaPassError(f"LatentAttention: {len(inputs)} inputs; expected at most {INPUTS}")
         message = _MESSAGE()
         failed = self._library.mla_pass_attend(
             self._handle, _packed(inputs), _packed((context,)), threads, message, len(message)
         )
         if failed:
             raise _refusal(message)
+
+    def cuda_scratch(self, inputs: Sequence[Operand | None], device: int) -> int:
+        """Bytes of working memory that :meth:`attend_cuda` needs for inputs of these types and shapes.
+
+        Raises Unsupported where no CUDA kernel takes them: the library was built without, there is no driver, or the
+        device or a size is one they are not made for; MlaPassError naming the input that is not as it should be.
+        """
+        message, size = _MESSAGE(), ctypes.c_uint64()
+        failed = _cuda(self._library).mla_pass_cuda_scratch(
+            self._handle, _packed(inputs), device, ctypes.byref(size), message, len(message)
+        )
+        if failed:
+            raise _refusal(message, failed)
+        return size.value
+
+    def attend_cuda(
+        self,
+        inputs: Sequence[Operand | None],
+        context: Operand,
+        device: int,
+        stream: int,
+        scratch: int,
+        scratch_bytes: int,
+    ) -> None:
+        """As :meth:`attend`, with all operands in the memory of CUDA device number `device`, queued on its `stream`.
+
+        `stream` is a CUstream (0: the default one), `scratch` the address, a multiple of 256, of `scratch_bytes` on
+        the device, free again once the stream got there. The host reads none of it: total_length and positions may
+        change between the replays of a captured graph, and where they are not right the context is NaN. Without a
+        padding_mask an attention_bias may have columns behind the filled rows, too.
+        Raises as :meth:`cuda_scratch`, and MlaPassError where the driver fails.
+        """
+        message = _MESSAGE()
+        failed = _cuda(self._library).mla_pass_cuda_attend(
+            self._handle, _packed(inputs), _packed((context,)), device, stream, scratch, scratch_bytes, message,
+            len(message),
+        )  # fmt: skip
+        if failed:
+            raise _refusal(message, failed)
 
 
 # ---- what crosses the boundary
@@ -131,6 +173,8 @@ def _packed(operands: Sequence[Operand | None]) -> bytes:
 
     Made anew for every call, which takes no longer than filling a structure that threads would have to share.
     """
+    if len(operands) > INPUTS:
+        raise MlaPassError(f"LatentAttention: {len(operands)} inputs; expected at most {INPUTS}")
     parts: list[bytes] = []
     for operand in operands:
         if operand is None:
@@ -154,8 +198,15 @@ _SIZE = 8 + len(_described("float32", ()))
 _ABSENT = bytes(_SIZE)
 
 
-def _refusal(message: ctypes.Array[ctypes.c_char]) -> MlaPassError:
-    return MlaPassError(message.value.decode(errors="replace"))
+def _refusal(message: ctypes.Array[ctypes.c_char], code: int = 1) -> MlaPassError:
+    return (Unsupported if code == _UNSUPPORTED else MlaPassError)(message.value.decode(errors="replace"))
+
+
+_TOLD = (ctypes.c_char_p, ctypes.c_size_t)
+
+
+def _other_version(path: str, error: AttributeError) -> MlaPassError:
+    return MlaPassError(f"the op library {path} is of another version ({error}); install mla_pass again")
 
 
 @cache
@@ -165,11 +216,28 @@ def _library(path: str) -> ctypes.CDLL:
     try:
         make, free, attend = library.mla_pass_layout, library.mla_pass_layout_free, library.mla_pass_attend
     except AttributeError as error:
-        raise MlaPassError(f"the op library {path} is of another version ({error}); install mla_pass again") from None
-    told = (ctypes.c_char_p, ctypes.c_size_t)
-    make.argtypes, make.restype = [ctypes.POINTER(_Attributes), *told], ctypes.c_void_p
+        raise _other_version(path, error) from None
+    make.argtypes, make.restype = [ctypes.POINTER(_Attributes), *_TOLD], ctypes.c_void_p
     free.argtypes, free.restype = [ctypes.c_void_p], None
     # bytes go by their own address: nothing is copied.
-    attend.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, *told]
+    attend.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, *_TOLD]
     attend.restype = ctypes.c_int
+    return library
+
+
+@cache
+def _cuda(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same library with its functions of CUDA declared."""
+    try:
+        scratch, attend = library.mla_pass_cuda_scratch, library.mla_pass_cuda_attend
+    except AttributeError as error:
+        raise _other_version(library._name, error) from None
+    scratch.argtypes = [
+        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_uint64), *_TOLD,
+    ]  # fmt: skip
+    attend.argtypes = [
+        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_uint64, *_TOLD,
+    ]  # fmt: skip
+    scratch.restype = attend.restype = ctypes.c_int
     return library

@@ -2,8 +2,8 @@
 // Runtime ships headers.
 //
 // The API is a table of function pointers that only grows: a slot's number and signature never change once released.
-// The highest slot used here came with version 17, so every release since then can load this library;
-// tests/test_native_binding.py calls slots of the installed one.
+// The highest slot used here came with version 17, so every release since then can load this library, but for one of
+// version 18, which kernels on CUDA take; tests/test_native_binding.py calls slots of the installed one.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,8 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
 struct OrtValue;
+struct OrtMemoryInfo;
+struct OrtAllocator;
 struct OrtTensorTypeAndShapeInfo;
 
 struct OrtApiBase {
@@ -58,6 +60,8 @@ static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void*), "the layout that ONNX R
 namespace mla_pass::ort {
 
 constexpr std::uint32_t kApiVersion = 17;
+// Of GetScratchBuffer.
+constexpr std::uint32_t kScratchVersion = 18;
 
 enum class Characteristic : int { required = 0, optional = 1 };
 enum class Code : int { fail = 1, invalid_argument = 2 };
@@ -81,6 +85,8 @@ using GetElementType = Slot<60, OrtStatus*(const Shape*, int* out)>;
 using GetDimensionsCount = Slot<61, OrtStatus*(const Shape*, std::size_t* out)>;
 using GetDimensions = Slot<62, OrtStatus*(const Shape*, std::int64_t* dims, std::size_t count)>;
 using GetTensorShape = Slot<65, OrtStatus*(const OrtValue*, Shape** out)>;
+using MemoryInfoGetId = Slot<72, OrtStatus*(const OrtMemoryInfo*, int* out)>;
+using AllocatorFree = Slot<76, OrtStatus*(OrtAllocator*, void*)>;
 using GetFloat = Slot<85, OrtStatus*(const OrtKernelInfo*, const char* name, float* out)>;
 using GetInt = Slot<86, OrtStatus*(const OrtKernelInfo*, const char* name, std::int64_t* out)>;
 using GetInputCount = Slot<88, OrtStatus*(const OrtKernelContext*, std::size_t* out)>;
@@ -89,10 +95,17 @@ using GetOutput = Slot<91, OrtStatus*(OrtKernelContext*, std::size_t index, cons
                                       std::size_t count, OrtValue** out)>;
 using ReleaseStatus = Slot<93, void(OrtStatus*)>;
 using ReleaseShape = Slot<99, void(Shape*)>;
+using ReleaseAllocator = Slot<132, void(OrtAllocator*)>;
 using GetFloats = Slot<162, OrtStatus*(const OrtKernelInfo*, const char* name, float* out, std::size_t* count)>;
 using GetInts = Slot<163, OrtStatus*(const OrtKernelInfo*, const char* name, std::int64_t* out, std::size_t* count)>;
+using GetComputeStream = Slot<193, OrtStatus*(const OrtKernelContext*, void** out)>;
+using GetTensorMemoryInfo = Slot<194, OrtStatus*(const OrtValue*, const OrtMemoryInfo** out)>;
+using GetAllocator = Slot<253, OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator** out)>;
 using ParallelFor = Slot<274, OrtStatus*(const OrtKernelContext*, void (*task)(void*, std::size_t), std::size_t total,
                                          std::size_t batches, void* user)>;
+// Of the device's allocator, on the call's stream; given back by AllocatorFree.
+using GetScratchBuffer = Slot<277, OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, std::size_t bytes,
+                                              void** out)>;
 
 template <class S>
 typename S::Function function(const OrtApi* api) {

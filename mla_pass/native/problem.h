@@ -85,6 +85,7 @@ struct Sizes {
   Index window;         // 0: none
   bool causal;
   float scale, softcap;
+  bool exact;  // total is T; otherwise, in memory of a device, the most that T can be
 };
 
 // Pointers to row-major tensors; null where an optional input is absent. The presents already hold the new rows when

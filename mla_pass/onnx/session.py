@@ -7,6 +7,7 @@ alike.
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ import onnx
 
 from mla_pass import native
 from mla_pass.errors import MlaPassError
+from mla_pass.onnx.body import DOMAIN, OP_TYPE
 from mla_pass.onnx.ports import FLOATS, CacheSpec, CacheTensor, read_ports
 
 CPU = "CPUExecutionProvider"
-_DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda"}
+CUDA = "CUDAExecutionProvider"
+_DEVICES = {CPU: "cpu", CUDA: "cuda"}
+_FLOAT_KINDS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def session(
     `threads` bounds the threads inside an operator; None leaves the choice to ONNX Runtime. `providers` are
     execution provider names, best first; the cache lives on the device of the first. `fused` says whether
     LatentAttention runs as the op library's kernel or as the model's own function of stock operators; None takes the
-    kernel where the library is built and has one for the first provider, which today is the CPU's.
+    kernel where the library is built and has one for the first provider: for the CPU's always, for CUDA's where it was
+    built with CUDA's compiler and the model computes in float16 or bfloat16.
     Raises MlaPassError when the file is missing or cannot be run, when a provider or the library asked for is not
     available, or when the graph's inputs and outputs are not those of a language model with a flat cache.
     """
@@ -100,7 +105,7 @@ def session(
             f"execution providers {list(providers)}: this ONNX Runtime offers {runtime.get_available_providers()}; "
             "choose among these, or install the extra mla-pass[cuda] in place of mla-pass[cpu] for CUDA"
         )
-    library = _op_library(fused, providers[0])
+    library = _op_library(fused, providers[0], path)
     with ort_errors(f"ONNX Runtime {runtime.__version__} cannot open {path}"):
         if library is not None:
             options.register_custom_ops_library(library)
@@ -114,17 +119,69 @@ def session(
     return _describe(ort, path, _DEVICES.get(providers[0], "cpu"), library is not None)
 
 
-def _op_library(fused: bool | None, provider: str) -> str | None:
+def _op_library(fused: bool | None, provider: str, path: Path) -> str | None:
     """Path of the op library to register, None for the function of stock operators.
 
     Once registered there is no way back to the function: on a device the library has no kernel for, every layer would
     copy its cache to the CPU.
     """
-    if fused and provider != CPU:
-        raise MlaPassError(f"the op library has no kernel for {provider}; expected {CPU}, or fused=False")
-    if fused:
-        return native.library_path()
-    return native.find_library() if fused is None and provider == CPU else None
+    if fused is False:
+        return None
+    library = native.library_path() if fused else native.find_library()
+    if library is None:
+        return None
+    reason = _without_kernel(provider, path)
+    if reason and fused:
+        raise MlaPassError(f"{reason}, or fused=False")
+    return None if reason else library
+
+
+def _without_kernel(provider: str, path: Path) -> str:
+    """Why the op library has no kernel for the model's LatentAttention nodes on that provider; "" where it has."""
+    if provider == CPU:
+        return ""
+    if provider != CUDA:
+        return f"the op library has no kernel for {provider}; expected {CPU} or {CUDA}"
+    if not native.cuda_capabilities():
+        return (
+            "the op library was built without CUDA kernels; expected CUDA's compiler, nvcc, when mla_pass is installed"
+        )
+    wide = computes_in(path) - {"float16", "bfloat16"}
+    if wide:
+        return f"{path} computes attention in {', '.join(sorted(wide))}; expected float16 or bfloat16 for CUDA kernels"
+    return ""
+
+
+def computes_in(path: Path) -> set[str]:
+    """Types that the model's LatentAttention nodes compute in, read off what their queries are made of."""
+    graph = onnx.load(path, load_external_data=False).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    found = set()
+    for node in graph.node:
+        if node.domain == DOMAIN and node.op_type == OP_TYPE:
+            found.add(_kind_behind(node.input[0], kinds, makers))
+    return {onnx.helper.tensor_dtype_to_np_dtype(kind).name for kind in found if kind is not None}
+
+
+def _kind_behind(name: str, kinds: dict[str, int], makers: dict[str, onnx.NodeProto]) -> int | None:
+    """Element type of a float value: that of the nearest float input or constant behind it, or what it is cast to."""
+    near, seen = deque([name]), {name}
+    while near:
+        value = near.popleft()
+        if kinds.get(value) in _FLOAT_KINDS:
+            return kinds[value]
+        node = makers.get(value)
+        if node is None:
+            continue
+        cast = next((a.i for a in node.attribute if node.op_type == "Cast" and a.name == "to"), None)
+        if cast in _FLOAT_KINDS:
+            return cast
+        behind = [x for x in node.input if x and x not in seen]
+        seen.update(behind)
+        near.extend(behind)
+    return None
 
 
 def model_path(folder: str | Path) -> Path:

@@ -8,8 +8,6 @@
 namespace mla_pass::cuda {
 
 constexpr int kCarryThreads = 256;
-// Bytes that a CTA moves, several words a thread.
-constexpr int kCarryBytes = 16384;
 
 struct alignas(16) Words {
   std::uint32_t word[4];

@@ -6,8 +6,6 @@
 
 namespace mla_pass::cuda {
 
-constexpr int kFixWarps = 4;
-
 // A query and where it stands.
 struct FixRow {
   const float* dims;
@@ -76,10 +74,10 @@ MLA_DEVICE void fix_expanded(const Fix& p, int row) {
   fix_rope<T>(p, at, p.key_width - p.nope_dim, to + p.nope_dim);
 }
 
-// grid (B * H * tokens rows, four at a time)
+// grid (B * H * tokens rows, kQueryWarps at a time)
 template <class T>
 MLA_DEVICE void fix(const Fix& p) {
-  const int row = block().x * kFixWarps + warp();
+  const int row = block().x * kQueryWarps + warp();
   if (row >= p.batch * p.heads * p.tokens) return;
   if (p.expanded) return fix_expanded<T>(p, row);
   fix_absorbed<T>(p, row);

@@ -8,8 +8,6 @@
 namespace mla_pass::cuda {
 namespace {
 
-constexpr int kRowsAtATime = 4;   // of fix and of map without weights: a warp each
-constexpr int kCarryBytes = 16384;  // see carry.cuh
 constexpr std::size_t kSmallRoom = 64;  // shared memory of setup and append: a few numbers a warp
 
 struct Range {
@@ -133,7 +131,7 @@ class Call {
     p.dims = at<float>(plan_.scratch.dims);
     const Kernel kernel = typed(Kernel::map_f16, Kernel::map_bf16);
     const int queries = batch_ * tokens * p.heads;
-    if (!p.query_map) return launch(kernel, ceil_div(queries, kRowsAtATime), 1, 1, 0, p);
+    if (!p.query_map) return launch(kernel, ceil_div(queries, kQueryWarps), 1, 1, 0, p);
     launch(kernel, ceil_div(queries / p.groups, kProductRows), ceil_div(p.width, kProductColumns), p.groups,
            plan_.map_bytes, p);
   }
@@ -149,7 +147,7 @@ class Call {
     p.tables = tables(p.tables);
     p.bands.fit = at<float>(plan_.scratch.fit);
     p.out = at<std::uint16_t>(plan_.scratch.fixed);
-    launch(typed(Kernel::fix_f16, Kernel::fix_bf16), ceil_div(batch_ * tokens * p.heads, kRowsAtATime), 1, 1, 0, p);
+    launch(typed(Kernel::fix_f16, Kernel::fix_bf16), ceil_div(batch_ * tokens * p.heads, kQueryWarps), 1, 1, 0, p);
   }
 
   void absorb(int first, int sequences, int tokens, int behind, Range wave) const {

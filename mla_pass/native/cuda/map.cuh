@@ -15,10 +15,10 @@ MLA_DEVICE HeadRow head_row(int row, int tokens, int per_group, int group) {
   return {place / tokens, place % tokens, group * per_group + row % per_group};
 }
 
-// Queries as they are. grid (B * tokens * H rows, four at a time)
+// Queries as they are. grid (B * tokens * H rows, kQueryWarps at a time)
 template <class T>
 MLA_DEVICE void widen_queries(const Map& p) {
-  const int row = block().x * (kProductThreads / 32) + warp(), place = row / p.heads, head = row % p.heads;
+  const int row = block().x * kQueryWarps + warp(), place = row / p.heads, head = row % p.heads;
   if (place >= p.batch * p.tokens) return;
   const long long from = static_cast<long long>(place / p.tokens) * p.fresh + place % p.tokens;
   const std::uint16_t* query = p.query + (from * p.heads + head) * p.width;

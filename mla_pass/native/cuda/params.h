@@ -19,6 +19,9 @@ constexpr int kMaxRopePairs = 256;
 constexpr int kMaxLevels = 16;
 // Rows a tile of queries has at the most, see Attend.
 constexpr int kMaxTileRows = 64;
+// Bytes that a CTA of carry moves; query rows of a CTA of fix, and of map without weights: a warp each.
+constexpr int kCarryBytes = 16384;
+constexpr int kQueryWarps = 4;
 
 // How numbers of a cached row lie: 16 bits of the model's type, or 8 bits with codes behind them (see ../problem.h).
 enum class Stored : std::int32_t { model, int8, float8 };

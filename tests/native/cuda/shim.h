@@ -1,8 +1,8 @@
 // The names of simt.h on a CPU: the very source that nvcc compiles runs under g++, where its mistakes can be seen.
 //
 // Threads of a CTA are fibers that take turns where they wait for each other. What is undefined on a GPU is made loud
-// here: shared memory holds NaN to begin with, a copy that has not been waited for leaves NaN where it will write, lanes
-// that do not carry out one operation together are a fault, as are a barrier that some thread never reaches, a
+// here: shared memory holds NaN to begin with, a copy that has not been waited for leaves NaN where it will write,
+// lanes that do not carry out one operation together are a fault, as are a barrier that some thread never reaches, a
 // misaligned or outlying address in shared memory and a write behind its end. ThreadSanitizer takes fibers for threads
 // and barriers for what orders them, and so finds races within a CTA, whichever thread happened to come first.
 //

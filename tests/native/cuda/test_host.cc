@@ -35,7 +35,8 @@ void check_launch() {
   Copied c = make();
   CpuDevice device;
   // As many CTAs as there could be work for, however the kernel shares it out.
-  device.launch(Kernel::carry, {64, static_cast<unsigned>(c.parameters.batch), 1}, 0, &c.parameters, sizeof c.parameters);
+  const Grid grid = {64, static_cast<unsigned>(c.parameters.batch), 1};
+  device.launch(Kernel::carry, grid, 0, &c.parameters, sizeof c.parameters);
   const int kept = c.parameters.rows * c.parameters.bytes, step = c.parameters.capacity * c.parameters.bytes;
   for (int b = 0; b < c.parameters.batch; ++b) {
     for (int i = 0; i < step; ++i) {
