@@ -1,8 +1,8 @@
 """Loss, cache and speed against the budget, on a real model and real text; ours, each ingredient off, and baselines.
 
     python benchmarks/quality.py MODEL --text wiki.test.raw --calibrate calib.txt [--budgets 0.75 0.625 0.5 0.375 0.25]
-        [--cache-dtypes same int8] [--ablate 0.5] [--heal 30] [--checkpoint FOLDER --baselines transmla care svd]
-        [--stats FILE] [--json]
+        [--cache-dtypes same int8] [--ablate 0.5 [--only NAME ...]] [--heal 30]
+        [--checkpoint FOLDER --baselines transmla care svd] [--stats FILE] [--json]
 
 Protocol: the evaluation text is tokenised from its start without special tokens and cut into windows of `--context`;
 every window is independent, the loss is that of all tokens but the first, the same for the original and the converted
@@ -58,6 +58,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "even layers": {"layers": "even"},
     "order 0": {"block_order": 0},
     "block 16": {"finest_block": 16, "block_order": 1, "attention_flops": 8.0},
+    "block 64": {"finest_block": 64},
+    "block 256": {"finest_block": 256},
     "no rotation": {"rope_mode": "extend"},
     "mix 0": {"metric_mix": 0.0},
     "mix 1": {"metric_mix": 1.0},
@@ -192,6 +194,7 @@ def main() -> int:
         help="types of the cached latents to try at every budget, which is in bytes",
     )  # fmt: skip
     parser.add_argument("--ablate", type=float, metavar="BUDGET", help="also each ingredient off, at this budget")
+    parser.add_argument("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help="which of them")
     parser.add_argument("--attention-flops", type=float, default=mla_pass.MlaConfig.attention_flops)
     parser.add_argument("--checkpoint", type=Path, help="Hugging Face folder of the model, for --baselines")
     parser.add_argument("--baselines", nargs="+", default=[], choices=("transmla", "care", "svd"))
@@ -216,8 +219,8 @@ def main() -> int:
     if arguments.ablate is not None:
         row, config = ours.row(f"all at {arguments.ablate:g}", budget=arguments.ablate, **flops)
         rows.append(row)
-        for name, change in ABLATIONS.items():
-            options = {"budget": arguments.ablate, **flops, "metric_mix": config.metric_mix, **change}
+        for name in arguments.only:
+            options = {"budget": arguments.ablate, **flops, "metric_mix": config.metric_mix, **ABLATIONS[name]}
             rows.append(replace(ours.row(name, **options)[0], method="ablation"))
     if arguments.baselines:  # they need torch and transformers
         rows += baselines(ours, arguments.baselines)

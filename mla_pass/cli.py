@@ -157,6 +157,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help=f"most arithmetic of attention, times plain absorbed attention ({default.attention_flops})",
     )  # fmt: skip
     parser.add_argument(
+        "--finest-block", type=int, metavar="ROWS",
+        help="rows that the keys' rotation stands still at the least, a power of two; by default each layer's choice. "
+        "For GPUs: 256",
+    )  # fmt: skip
+    parser.add_argument(
         "--rope-mode", choices=get_args(RopeMode),
         help="rotation of the keys in the latent: block by block (the default), left off (extend, the default of "
         "--target ort-latent), or kept whole (repeat)",
@@ -256,6 +261,7 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
         metric=arguments.metric,
         layers=arguments.layers,
         attention_flops=arguments.attention_flops,
+        finest_block=arguments.finest_block,
         calibrate_tokens=arguments.calibrate_tokens,
         calibrate_self=arguments.calibrate_self,
         max_positions=arguments.max_positions,

@@ -312,7 +312,7 @@ def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path
     options = (
         "--rank 24 --rope-dims 8 --calibrate ids.npy --calibrate-tokens 1000 --rope-mode extend --absorb never "
         "--cache growing --max-positions 99 --partial --metric output --layers even --attention-flops 2 "
-        "--cache-dtype int8 --rope-dtype bfloat16 --bundle"
+        "--finest-block 64 --cache-dtype int8 --rope-dtype bfloat16 --bundle"
     )
     assert run("convert", "m", tmp_path / "out", *options.split()) == 0
     expected = MlaConfig(
@@ -329,6 +329,7 @@ def test_convert_passes_every_option(calls: list[dict[str, Any]], tmp_path: Path
         metric="output",
         layers="even",
         attention_flops=2.0,
+        finest_block=64,
     )
     assert calls == [{"model": Path("m"), "config": expected, "calibrate": Path("ids.npy"), "calibration": None}]
     assert (tmp_path / "out" / "library").exists()

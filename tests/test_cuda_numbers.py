@@ -259,7 +259,7 @@ class TestRefusals:
         self.refused(operator, case, ShimDevice(), "input past_latent is of 16 bits other than the model's; expected")
 
 
-@pytest.mark.parametrize("name", ["test_host", "test_products", "test_plan"])
+@pytest.mark.parametrize("name", ["test_host", "test_attend", "test_products", "test_plan"])
 def test_kernels_and_plan_alone(build_folder: Path, name: str) -> None:
     sources = (*SHIM_SOURCES, SHIM / f"{name}.cc", *PLAN_SOURCES)
     program = build(build_folder, name, sources)

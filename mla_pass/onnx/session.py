@@ -105,6 +105,8 @@ def session(
             f"execution providers {list(providers)}: this ONNX Runtime offers {runtime.get_available_providers()}; "
             "choose among these, or install the extra mla-pass[cuda] in place of mla-pass[cpu] for CUDA"
         )
+    if CUDA in providers:
+        runtime.preload_dlls()  # CUDA's own libraries, where they are Python packages
     library = _op_library(fused, providers[0], path)
     with ort_errors(f"ONNX Runtime {runtime.__version__} cannot open {path}"):
         if library is not None:

@@ -1,8 +1,8 @@
 // attend and combine through the shim, against float64.
 //
 // A case draws queries, a cache as it is stored, tables, masks; the oracle below reads the same bytes and works out
-// what the operator means, row by row. Whatever no query may see is NaN, or as large as 16 bits hold where it lies between
-// rows that are seen. Exit status 1 names the cases that fail.
+// what the operator means, row by row. Whatever no query may see is NaN, or as large as 16 bits hold where it lies
+// between rows that are seen. Exit status 1 names the cases that fail.
 #include <algorithm>
 #include <cmath>
 #include <complex>
