@@ -36,7 +36,7 @@ MUTANTS = (
            "load_matrices_transposed(b, key);"),
     Mutant("swapped fragment of values", "attend_state.cuh", "mma<T>(sum_[j][1], weight, value[2], value[3]);",
            "mma<T>(sum_[j][1], weight, value[3], value[2]);"),
-    Mutant("query of the wrong buffer", "attend.cuh", "p_.shared.varyings == 2 ? block & 1 : 0", "0"),
+    Mutant("query of the wrong buffer", "attend.cuh", "? block & 1 : 0", "? block & 0 : 0"),
     Mutant("dropped barrier of a product", "product.cuh", "      copy_wait<0>();\n      barrier();  // this",
            "      copy_wait<0>();\n      // this", "test_products"),
     Mutant("wrong wait depth of a product", "product.cuh", "      copy_wait<0>();\n      barrier();  // this",
