@@ -119,16 +119,17 @@ def uses(found: Counter[str], prefix: str, *parts: str) -> bool:
     return any(name.startswith(prefix) and all(part in name for part in parts) for name in found)
 
 
+@pytest.fixture(scope="module")
+def read(compiled: Callable[[int], Compiled]) -> Callable[[int], dict[str, Counter[str]]]:
+    assert CUOBJDUMP is not None
+    return cache(lambda architecture: cuda_resources.instructions(CUOBJDUMP, compiled(architecture)[1]))
+
+
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.timeout(900)
 @each_architecture
 class TestInstructions:
-    @pytest.fixture(scope="class")
-    def read(self, compiled: Callable[[int], Compiled]) -> Callable[[int], dict[str, Counter[str]]]:
-        assert CUOBJDUMP is not None
-        return cache(lambda architecture: cuda_resources.instructions(CUOBJDUMP, compiled(architecture)[1]))
-
     @pytest.fixture
     def found(
         self, read: Callable[[int], dict[str, Counter[str]]], architecture: int
