@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from benchmarks import cuda_resources
 from tests.cuda_build import COMPILER, FLAGS, NATIVE, SHIM, build, needs_compiler
 from tests.cuda_build import build_folder as build_folder  # a fixture
 
-NVCC = shutil.which("nvcc")
+NVCC = cuda_resources.nvcc()
 RUNTIME = tuple(sorted((SHIM / "shim").glob("*.cc")))
 SANITIZED = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),

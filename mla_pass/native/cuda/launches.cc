@@ -150,9 +150,9 @@ class Call {
     launch(typed(Kernel::fix_f16, Kernel::fix_bf16), ceil_div(batch_ * tokens * p.heads, kQueryWarps), 1, 1, 0, p);
   }
 
-  void absorb(int first, int sequences, int tokens, int behind, Range wave) const {
-    Absorb p = plan_.absorb;
-    p.dims = at<float>(plan_.scratch.dims);
+  // What `absorb` and `expand` have in common: they make what a wave's queries meet, or meet with.
+  template <class P>
+  void place_wave(P& p, int first, int sequences, int tokens, int behind, Range wave) const {
     p.key_up = numbers(kKeyUp);
     p.key_mean = numbers(kKeyMean);
     p.tokens = tokens;
@@ -161,10 +161,16 @@ class Call {
     p.sequences = sequences;
     p.begin = wave.begin;
     p.end = wave.end;
-    p.blocks = blocks_of(wave);
     p.span = at<Span>(plan_.scratch.span);
     p.tables = tables(p.tables);
     p.bands.fit = at<float>(plan_.scratch.fit);
+  }
+
+  void absorb(int first, int sequences, int tokens, int behind, Range wave) const {
+    Absorb p = plan_.absorb;
+    place_wave(p, first, sequences, tokens, behind, wave);
+    p.dims = at<float>(plan_.scratch.dims);
+    p.blocks = blocks_of(wave);
     p.varying = at<std::uint16_t>(plan_.scratch.keys);
     p.mean = at<float>(plan_.scratch.mean);
     launch(typed(Kernel::absorb_f16, Kernel::absorb_bf16),
@@ -174,19 +180,9 @@ class Call {
 
   void expand(int first, int sequences, int tokens, int behind, Range wave) const {
     Expand p = plan_.expand;
+    place_wave(p, first, sequences, tokens, behind, wave);
     place(p.part);
-    p.key_up = numbers(kKeyUp);
-    p.key_mean = numbers(kKeyMean);
     p.value_up = numbers(kValueUp);
-    p.tokens = tokens;
-    p.behind = behind;
-    p.first_sequence = first;
-    p.sequences = sequences;
-    p.begin = wave.begin;
-    p.end = wave.end;
-    p.span = at<Span>(plan_.scratch.span);
-    p.tables = tables(p.tables);
-    p.bands.fit = at<float>(plan_.scratch.fit);
     p.out = at<std::uint16_t>(plan_.scratch.keys);
     launch(typed(Kernel::expand_f16, Kernel::expand_bf16), ceil_div(wave.end - wave.begin, kProductRows), 2 * p.groups,
            sequences, plan_.expand_bytes, p);
