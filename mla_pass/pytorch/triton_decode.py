@@ -220,6 +220,27 @@ def _products(scores, query, query_step, rows, row_there, key, key_step, keys, k
 
 
 @triton.jit
+def _hidden(  # type: ignore[no-untyped-def]
+    products, seen, back, bias, place, scale, softcap,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Products to scores, -inf where a query does not see a key, which lies `back` rows behind it.
+
+    `place` tells where each score's bias is.
+    """
+    scores = products * scale
+    if CAPPED:
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # softcap tanh(scores / softcap)
+    if CAUSAL:
+        seen &= back >= 0
+    if WINDOW:
+        seen &= back < WINDOW
+    if BIASED:
+        scores += tl.load(bias + place, mask=seen, other=0.0).to(tl.float32)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
 def _meet(  # type: ignore[no-untyped-def]
     varying, mean, rope_query, fine_query, latent, rope, fine, bias, filled, sums, tops, masses,
     rows, tokens, per_group, groups, key_rank, rope_dim, fine_dim, value_offset, value_dim, block, blocks,
@@ -270,19 +291,11 @@ def _meet(  # type: ignore[no-untyped-def]
             scores, fine_query + problem * rows * fine_dim, fine_dim, row, row_there,
             fine + problem * fine_step * fine_dim, fine_dim, key, key_there, fine_dim, STEP,
         )  # fmt: skip
-        scores *= scale
-        if CAPPED:
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # softcap tanh(scores / softcap)
-        seen = row_there[:, None] & key_there[None, :]
-        back = own[:, None] - key[None, :]
-        if CAUSAL:
-            seen &= back >= 0
-        if WINDOW:
-            seen &= back < WINDOW
-        if BIASED:
-            biases = bias + batch * bias_batch + head * bias_head + token * bias_token
-            scores += tl.load(biases[:, None] + key[None, :] * bias_key, mask=seen, other=0.0).to(tl.float32)
-        scores = tl.where(seen, scores, float("-inf"))
+        place = batch * bias_batch + head * bias_head + token * bias_token
+        scores = _hidden(
+            scores, row_there[:, None] & key_there[None, :], own[:, None] - key[None, :],
+            bias, place[:, None] + key[None, :] * bias_key, scale, softcap, WINDOW, CAUSAL, CAPPED, BIASED,
+        )  # fmt: skip
         # Where nothing was seen yet the top is -inf, and any number does in its place.
         risen = tl.maximum(top, tl.max(scores, 1))
         against = tl.where(risen == float("-inf"), 0.0, risen)
