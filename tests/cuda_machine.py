@@ -17,10 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks import cuda_resources
+from mla_pass import native
 from tests.cuda_build import ROOT, SHIM, SHIM_SOURCES, build
 
 NAME = "libcuda.so.1"
 FAKE = SHIM / "fake_cuda.cc"
+
+
+def require_kernels() -> None:
+    """Skips a test where nobody could compile CUDA kernels; where there is an nvcc their absence is a failure."""
+    if native.cuda_capabilities():
+        return
+    nvcc = cuda_resources.nvcc()
+    if nvcc is not None:
+        pytest.fail(
+            f"the op library was built without CUDA kernels although there is {nvcc}; install mla_pass with -C "
+            "cmake.define.MLA_PASS_CUDA=ON to see why"
+        )
+    pytest.skip("the op library was built without CUDA kernels: there was no nvcc")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ pytestmark = [needs_library, needs_compiler]
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    if not native.cuda_capabilities():
-        pytest.skip("the op library was built without CUDA kernels: there was no nvcc")
+    cuda_machine.require_kernels()
 
 
 @pytest.fixture(scope="module")

@@ -272,8 +272,7 @@ def test_a_cache_that_is_a_view_is_written_all_the_same(compute: Callable[..., T
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     """One whose driver carries launches out on the CPU."""
-    if not native.cuda_capabilities():
-        pytest.skip("the op library was built without CUDA kernels: there was no nvcc")
+    cuda_machine.require_kernels()
     return cuda_machine.working(tmp_path_factory.mktemp("runs"))
 
 
