@@ -70,36 +70,31 @@ const Kernels<Bfloat>& kernels_of(const Isa& isa) {
 
 // ---- cache
 
-struct Element {
-  Storage as;
-  Index bytes;
-};
-
 // Of a cache, whose type `checked` has accepted.
-Element element_of(int type) {
+Storage storage_of(int type) {
   switch (static_cast<Type>(type)) {
     case Type::float16:
-      return {Storage::float16, 2};
+      return Storage::float16;
     case Type::bfloat16:
-      return {Storage::bfloat16, 2};
+      return Storage::bfloat16;
     case Type::int8:
-      return {Storage::int8, 1};
+      return Storage::int8;
     case Type::uint8:
-      return {Storage::float8, 1};
+      return Storage::float8;
     default:
-      return {Storage::float32, 4};
+      return Storage::float32;
   }
 }
 
 // A present, which is stored as its past is.
 Stored stored_in(const void* present, const Tensor& past, Index numbers) {
-  return {present, element_of(past.type).as, numbers, past.dims[3]};
+  return {present, storage_of(past.type), numbers, past.dims[3]};
 }
 
 // Rows of the past to where the present begins its sequences; nothing to do when they are one buffer.
 void carry_over(const Sizes& size, const Tensor& past, void* present, const Threads& threads) {
   if (past.data == present) return;
-  const Index row = past.dims[3] * element_of(past.type).bytes, bytes = past.dims[2] * row;
+  const Index row = past.dims[3] * element_bytes(storage_of(past.type)), bytes = past.dims[2] * row;
   if (bytes == 0) return;
   parallel(threads, size.batch, [&](Index b) {
     std::memcpy(static_cast<char*>(present) + b * size.capacity * row, past.as<char>() + b * bytes,
@@ -199,7 +194,7 @@ void store_row(const Problem<T>& p, const T* row, Index position, Index to) {
     return real ? x * c - y * s : x * s + y * c;
   };
   const Stored& first = p.part[0];
-  if (size.split <= size.rank && first.as == element_of(static_cast<int>(type_of<T>())).as) {
+  if (size.split <= size.rank && first.as == storage_of(static_cast<int>(type_of<T>()))) {
     std::copy_n(row, size.split, static_cast<T*>(const_cast<void*>(first.data)) + to * first.width);
   } else {
     put(first, to, number);
@@ -398,26 +393,29 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, bool tiles, Carver& ca
   if (tiles && takes_tiles(p)) s.tiles = lay_tiles(p, rows, groups * dims, carver);
   if (size.decoded > 0) {
     s.fine_up = carver.take<float>(groups * dims * padded(size.key_rank));
+    s.fine_across = carver.take<float>(size.key_rank * padded(groups * dims));
     s.fine_query = carver.take<float>(rows * dims);
     s.fine_keys = carver.take<float>(groups * dims * (kChunk + kPad));
   }
   s.scores = carver.take<float>(rows * (kChunk + kPad));
   if (size.orders > 1 || tiles) s.slopes = carver.take<float>(rows * (kChunk + kPad));
+  s.across = carver.take<float>((size.rope_dim + size.orders * size.key_rank) * padded(rows));
   s.chunk = lay_chunk(p, carver);
   return s;
 }
 
 template <class T>
-ExpandScratch lay_expand(const Problem<T>& p, Index width, Carver& carver) {
+ExpandScratch lay_expand(const Problem<T>& p, Carver& carver) {
   const Sizes& size = p.size;
   ExpandScratch s{};
   s.key_width = padded(size.key_rank);
-  if (p.key_up) s.key_up = carver.take<float>(size.nope_dim * s.key_width);
+  if (p.key_up) {
+    s.key_up = carver.take<float>(size.nope_dim * s.key_width);
+    s.key_across = carver.take<float>(size.key_rank * padded(size.nope_dim));
+  }
   s.chunk = lay_chunk(p, carver);
-  // Products of four keys are stored together: the last row may run over.
-  s.keys = carver.take<float>(kChunk * width + kPad);
+  s.keys = carver.take<float>((size.nope_dim + size.rope_dim) * (kChunk + kPad));
   s.values = carver.take<float>(kChunk * padded(size.value_dim));
-  s.factor = carver.take<float>(4 * widest_level(p.level, size.levels));
   s.scores = carver.take<float>(kQueryRows * (kChunk + kPad));
   return s;
 }
@@ -505,7 +503,7 @@ void run_expanded(const Problem<T>& p, const Kernels<T>& kernels, const Threads&
   const auto lay = [&](Carver& carver) {
     Room room{};
     room.queries = lay_queries(p, rows, true, carver);
-    room.expand = lay_expand(p, room.queries.width, carver);
+    room.expand = lay_expand(p, carver);
     room.partial = lay_partial(rows, value_width, carver);
     room.finish = lay_finish(p, rows, value_width, carver);
     return room;

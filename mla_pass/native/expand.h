@@ -9,59 +9,67 @@
 
 namespace mla_pass::MLA_PASS_ISA {
 
-// Keys of `count` rows from cache row `first`: re and im turned by exp(j theta block's first row) (A0 + A1 offset).
+// Keys lie with cached rows in the lanes, [dim][kScoreStep]: neither turning them nor meeting them with queries sums
+// across lanes.
+constexpr Index kKeyStep = kScoreStep;
+
+// key_up of the tile's group, laid across for all chunks.
 template <class T>
-inline void turn_keys(const Problem<T>& p, Index first, Index count, const ExpandScratch& scratch, Index width) {
+inline void lay_key_up(const Problem<T>& p, Index group, const ExpandScratch& scratch) {
   const Sizes& size = p.size;
+  for (Index i = 0; i < size.nope_dim; ++i) {
+    widen(p.key_up + (group * size.nope_dim + i) * size.key_rank, scratch.key_up + i * scratch.key_width,
+          size.key_rank);
+  }
+  transpose(scratch.key_up, size.nope_dim, size.key_rank, scratch.key_width, scratch.key_across,
+            whole_vectors(size.nope_dim));
+}
+
+// The mean added, and pairs turned, of keys from cache row `first` on.
+template <class T>
+inline void finish_keys(const Problem<T>& p, Index group, Index first, Index count, float* keys) {
+  const Sizes& size = p.size;
+  const float* mean = p.key_mean + group * size.nope_dim;
   for (Index level = 0; level < size.levels; ++level) {
-    const Level& band = p.level[level];
-    const Index pairs = band.end - band.begin;
-    float *re0 = scratch.factor, *im0 = re0 + pairs, *re1 = im0 + pairs, *im1 = re1 + pairs;
-    for (Index row = 0; row < count;) {
-      const Index block = (first + row) / band.block * band.block, end = least(count, block + band.block - first);
-      const float *cos = p.cos + block * size.angles, *sin = p.sin + block * size.angles;
-      for (Index i = 0; i < pairs; ++i) {
-        const Index pair = band.begin + i;
-        const float c = cos[p.band_index[pair]], s = sin[p.band_index[pair]];
-        const float *a0 = p.fit + pair * 2, *a1 = a0 + size.pairs * 2;
-        re0[i] = c * a0[0] - s * a0[1];
-        im0[i] = c * a0[1] + s * a0[0];
-        re1[i] = c * a1[0] - s * a1[1];
-        im1[i] = c * a1[1] + s * a1[0];
-      }
-      for (; row < end; ++row) {
-        const float offset = static_cast<float>(first + row - block);
-        float* re = scratch.keys + row * width + band.begin;
-        float* im = re + size.pairs;
-        for (Index i = 0; i < pairs; ++i) {
-          const float c = re0[i] + offset * re1[i], s = im0[i] + offset * im1[i], x = re[i], y = im[i];
-          re[i] = x * c - y * s;
-          im[i] = x * s + y * c;
-        }
-      }
+    for (Index pair = p.level[level].begin; pair < p.level[level].end; ++pair) {
+      float cos[kKeyStep] = {}, sin[kKeyStep] = {};
+      make_turn(p, pair, p.level[level].block, first, count, cos, sin);
+      const Index other = size.pairs + pair;
+      turn_pair(keys + pair * kKeyStep, keys + other * kKeyStep, mean[pair], mean[other], cos, sin, count);
     }
+  }
+  for (Index i = 2 * size.pairs; i < size.nope_dim; ++i) {
+    for (Index key = 0; key < count; ++key) keys[i * kKeyStep + key] += mean[i];
   }
 }
 
 template <class T>
 inline void decode_keys(const Problem<T>& p, Index group, Index first, Index count, const Chunk& chunk,
-                        const ExpandScratch& scratch, Index width) {
+                        const ExpandScratch& scratch) {
   const Sizes& size = p.size;
   const auto& [latent, rope] = chunk;
   const Index n = size.nope_dim;
   if (n > 0 && p.key_up) {
-    const Span span = {latent.data, latent.step, scratch.key_up, scratch.key_width, size.key_rank};
-    dots(&span, 1, count, n, scratch.keys, width);
-    const float* mean = p.key_mean + group * n;
-    for (Index row = 0; row < count; ++row) {
-      for (Index i = 0; i < n; ++i) scratch.keys[row * width + i] += mean[i];
-    }
-    turn_keys(p, first, count, scratch, width);
+    const Span span = {scratch.key_across, whole_vectors(n), latent.data, latent.step, size.key_rank};
+    Ahead nothing;
+    dots_across(&span, 1, n, count, scratch.keys, kKeyStep, nothing);
+    finish_keys(p, group, first, count, scratch.keys);
   } else {
-    for (Index row = 0; row < count; ++row) widen(latent.data + row * latent.step, scratch.keys + row * width, n);
+    transpose(latent.data, count, n, latent.step, scratch.keys, kKeyStep);
   }
-  for (Index row = 0; row < count; ++row) {
-    widen(rope.data + row * rope.step, scratch.keys + row * width + n, size.rope_dim);
+  transpose(rope.data, count, size.rope_dim, rope.step, scratch.keys + n * kKeyStep, kKeyStep);
+}
+
+// Products of queries with decoded keys, a part of the dims at a time that stays in a first-level cache.
+template <class T>
+inline void meet_decoded(const Problem<T>& p, const Queries<T>& queries, Index row, Index rows, Index keys,
+                         const ExpandScratch& scratch) {
+  const Index dims = p.size.nope_dim + p.size.rope_dim;
+  fill(scratch.scores, rows * kScoreStep, 0.0f);
+  for (Index i = 0; i < dims; i += kAcrossDepth) {
+    const Left query = {queries.dims + row * queries.width + i, queries.width, 1};
+    sums(rows, keys, least(kAcrossDepth, dims - i), query, scratch.keys + i * kKeyStep, kKeyStep, scratch.scores,
+         kScoreStep);
   }
 }
 
@@ -94,26 +102,19 @@ void expand(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, co
   const Sizes& size = p.size;
   const Index rows = rows_of(tile), group = tile.head / (size.heads / size.groups);
   start(part, rows);
-  if (p.key_up) {
-    for (Index i = 0; i < size.nope_dim; ++i) {
-      widen(p.key_up + (group * size.nope_dim + i) * size.key_rank, scratch.key_up + i * scratch.key_width,
-            size.key_rank);
-    }
-  }
+  if (p.key_up) lay_key_up(p, group, scratch);
   const Sight<T> all = seen_by(queries.sight, rows);
   for (Index first = all.first; first < all.end; first += kChunk) {
     const Index keys = least(kChunk, all.end - first), at = tile.batch * size.capacity + first;
     const Chunk chunk = read_chunk(p, at, keys, scratch.chunk);
-    decode_keys(p, group, first, keys, chunk, scratch, queries.width);
+    decode_keys(p, group, first, keys, chunk, scratch);
     const Rows values = decode_values(p, group, keys, chunk.latent, scratch.values, part.value_width);
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
     for (Index row = 0; row < rows; row += kQueryRows) {
       const Index some = least(kQueryRows, rows - row);
       const Sight<T> seen = seen_by(queries.sight + row, some);
       if (seen.first >= first + keys || seen.end <= first) continue;
-      const Span span = {queries.dims + row * queries.width, queries.width, scratch.keys, queries.width,
-                         size.nope_dim + size.rope_dim};
-      dots(&span, 1, some, keys, scratch.scores, kScoreStep);
+      meet_decoded(p, queries, row, some, keys, scratch);
       weigh(how, queries.sight + row, some, scratch.scores, kScoreStep, part, row);
       sums(some, size.value_dim, keys, Left{scratch.scores, kScoreStep, 1}, values.data, values.step,
            part.sum + row * part.value_width, part.value_width);

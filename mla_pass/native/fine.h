@@ -6,6 +6,7 @@
 #pragma once
 
 #include "prepare.h"
+#include "turn.h"
 
 namespace mla_pass::MLA_PASS_ISA {
 
@@ -15,8 +16,10 @@ class FinePairs {
   FinePairs(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, const AbsorbScratch& scratch)
       : p_(p), size_(p.size), tile_(tile), scratch_(scratch), pairs_(p.size.decoded), width_(queries.key_width) {
     if (pairs_ == 0) return;
-    groups_ = 0;
     for_groups(size_, tile_, [&](const GroupRun& run) { read_up(run.group, groups_++); });
+    if (fills_lanes(rows())) {
+      transpose(scratch_.fine_up, rows(), size_.key_rank, width_, scratch_.fine_across, whole_vectors(rows()));
+    }
     turn_queries(queries);
   }
 
@@ -25,10 +28,16 @@ class FinePairs {
   static constexpr Index kStep = kChunk + kPad;
 
   // Adds to the scores s [rows][step] of `keys` rows from cache row `first` on, whose latents are given.
-  void meet(Index first, Index keys, const float* latent, Index latent_step, float* s, Index step) const {
+  void meet(Index first, Index keys, const float* latent, Index latent_step, float* s, Index step,
+            Ahead& ahead) const {
     if (pairs_ == 0) return;
-    const Span span = {scratch_.fine_up, width_, latent, latent_step, size_.key_rank};
-    dots(&span, 1, rows(), keys, scratch_.fine_keys, kStep);
+    if (fills_lanes(rows())) {
+      const Span span = {scratch_.fine_across, whole_vectors(rows()), latent, latent_step, size_.key_rank};
+      dots_across(&span, 1, rows(), keys, scratch_.fine_keys, kStep, ahead);
+    } else {
+      const Span span = {scratch_.fine_up, width_, latent, latent_step, size_.key_rank};
+      dots(&span, 1, rows(), keys, scratch_.fine_keys, kStep, ahead);
+    }
     meet_decoded(first, keys, s, step);
   }
 
@@ -73,29 +82,13 @@ class FinePairs {
   void turn_keys(Index first, Index keys) const {
     for (Index i = 0; i < pairs_; ++i) {
       float cos[kStep] = {}, sin[kStep] = {};
-      for (Index key = 0; key < keys; ++key) {
-        const Index at = (first + key) * size_.angles + p_.band_index[i];
-        const float c = p_.cos[at], s = p_.sin[at], *fit = p_.fit + 2 * i;
-        cos[key] = c * fit[0] - s * fit[1];
-        sin[key] = c * fit[1] + s * fit[0];
-      }
+      make_turn(p_, i, 1, first, keys, cos, sin);
       Index place = 0;
       for_groups(size_, tile_, [&](const GroupRun& run) {
         const float* mean = p_.key_mean + run.group * size_.nope_dim + i;
         float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + i) * kStep;
-        turn_row(re, re + pairs_ * kStep, mean[0], mean[size_.pairs], cos, sin, keys);
+        turn_pair(re, re + pairs_ * kStep, mean[0], mean[size_.pairs], cos, sin, keys);
       });
-    }
-  }
-
-  static void turn_row(float* re, float* im, float mean_re, float mean_im, const float* cos, const float* sin,
-                       Index keys) {
-    const Vec mx = splat(mean_re), my = splat(mean_im);
-    for (Index key = 0; key < keys; key += Vec::width) {
-      const Vec x = add(load(re + key), mx), y = add(load(im + key), my);
-      const Vec c = load(cos + key), s = load(sin + key);
-      store(re + key, sub(mul(x, c), mul(y, s)));
-      store(im + key, fma(x, s, mul(y, c)));
     }
   }
 

@@ -35,6 +35,9 @@ constexpr int kOctave = 8;
 // Of a q.
 constexpr float kLargestWhole = 127, kLargestFloat8 = 448;
 
+inline Index element_bytes(Storage as) {
+  return as == Storage::float32 ? 4 : as == Storage::float16 || as == Storage::bfloat16 ? 2 : 1;
+}
 inline bool has_codes(Storage as) { return as == Storage::int8 || as == Storage::float8; }
 
 // Codes, as rows of either element type hold them.
@@ -178,7 +181,9 @@ struct AbsorbScratch {
   float* turn;               // [orders][pairs of the widest level][2][kPad]
   float* scores;             // [rows][kChunk + kPad]
   float* slopes;             // the same, for the order that follows the offset
+  float* across;             // [rope_dim + orders * key_rank][rows, 16s]: queries, see meet.h
   float* fine_up;            // [groups of a tile][2 * decoded][key_width]
+  float* fine_across;        // the same laid across: [key_rank][groups of a tile * 2 * decoded, 16s]
   float* fine_query;         // [rows][2 * decoded], turned to their rows
   float* fine_keys;          // [groups of a tile][2 * decoded][kChunk + kPad]
   ChunkScratch chunk;
@@ -187,11 +192,11 @@ struct AbsorbScratch {
 
 // Room for one thread in the expanded form.
 struct ExpandScratch {
-  float* key_up;  // [n][key_width] of one group
+  float* key_up;      // [n][key_width] of one group
+  float* key_across;  // the same laid across: [key_rank][n, 16s]
   ChunkScratch chunk;
-  float* keys;    // [kChunk][width]: decoded, turned, with the rope part behind them
+  float* keys;    // [n + p][kChunk + kPad]: decoded, turned, with the rope part behind them
   float* values;  // [kChunk][value_width]
-  float* factor;  // [4][m]
   float* scores;  // [query rows at a time][kChunk + kPad]
   Index key_width;
 };

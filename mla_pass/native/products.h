@@ -4,12 +4,20 @@
 //   sums   c[row][col] += a[row] . b[.][col]     the second operand contiguous across the sum: weights against values
 //
 // Neither packs an operand: cached rows, latent queries, up-projections and probabilities are read as they lie. A tile
-// of dots reads kDotRows + 4 vectors for 4 * kDotRows multiply-adds, a tile of sums kSumRows + 2 for 2 * kSumRows:
-// below the two loads a cycle that go with two multiply-adds. What dots pays is one reduction for each result, about 3
-// instructions against depth / width: 4 % at a depth of 576 in vectors of 8, 16 % at 128.
+// of dots reads kDotRows + 4 vectors for 4 * kDotRows multiply-adds, a tile of sums kSumRows + kSumColumns for
+// kSumRows * kSumColumns: below the two loads a cycle that go with two multiply-adds. Sums come within a tenth of the
+// multiply-adds that a core can do. Dots pay a reduction for each result, about 5 instructions against depth / width,
+// and stay at half. So queries that meet many keys are laid across first, rows side by side, where dots are sums:
+//
+//   s[row][key]  = sum over d of key[key][d] * across[d][row]
 #pragma once
 
+#include "ahead.h"
 #include "maths.h"
+
+// A tile is a function of its own: inlined, its addresses would share the registers of all that stands around it and
+// be read from the stack between the multiply-adds.
+#define MLA_PASS_TILE __attribute__((noinline)) inline
 
 namespace mla_pass::MLA_PASS_ISA {
 
@@ -21,6 +29,14 @@ struct Span {
   Index key_step;
   Index depth;
 };
+
+// Of a product's spans or terms together.
+template <class Part>
+inline Index depth_of(const Part* parts, int count) {
+  Index depth = 0;
+  for (int i = 0; i < count; ++i) depth += parts[i].depth;
+  return depth;
+}
 
 constexpr int kDotKeys = 4;
 // Keys that stay in a first-level cache (8 x 576 floats: 18 KB) while all queries pass.
@@ -34,7 +50,7 @@ inline void dot_step(Vec (&total)[Rows][kDotKeys], const Vec (&query)[Rows], con
 
 // Rows of queries from `row` against four keys; a result a query for each, side by side at s.
 template <int Rows>
-inline void dot_tile(const Span* spans, int count, Index row, const Index (&keys)[kDotKeys], float* s, Index step) {
+MLA_PASS_TILE void dot_tile(const Span* spans, int count, Index row, const Index (&keys)[kDotKeys], float* s, Index step) {
   Vec total[Rows][kDotKeys];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
@@ -76,7 +92,8 @@ inline void dot_rows(Index left, const Span* spans, int count, Index row, const 
 }
 
 // s[row][key] = the sum of all spans' products. Writes up to three columns past the last key.
-inline void dots(const Span* spans, int count, Index rows, Index keys, float* s, Index step) {
+inline void dots(const Span* spans, int count, Index rows, Index keys, float* s, Index step, Ahead& ahead) {
+  const Index work = kDotRows * kDotKeys * depth_of(spans, count) / Vec::width;
   for (Index near = 0; near < keys; near += kNearKeys) {
     const Index end = least(near + kNearKeys, keys);
     for (Index row = 0; row < rows; row += kDotRows) {
@@ -84,6 +101,7 @@ inline void dots(const Span* spans, int count, Index rows, Index keys, float* s,
         // Past the last key the last one is taken again: its results are never read.
         const Index last = keys - 1;
         const Index four[kDotKeys] = {key, least(key + 1, last), least(key + 2, last), least(key + 3, last)};
+        ahead.run(work);
         dot_rows<static_cast<int>(kDotRows)>(rows - row, spans, count, row, four, s + key, step);
       }
     }
@@ -107,11 +125,11 @@ struct Term {
 };
 
 template <int Rows, int Columns, bool Whole, class T>
-inline void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes) {
+MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes) {
   Vec total[Rows][Columns];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Columns; ++j) total[i][j] = load(c + i * c_step + j * Vec::width);
   }
   for (int term = 0; term < count; ++term) {
@@ -119,7 +137,7 @@ inline void sum_tile(const Term<T>* terms, int count, Index row, Index col, floa
     const float* a = left.data + row * left.row_step;
     for (Index d = 0; d < depth; ++d) {
       Vec column[Columns];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < Columns; ++j) {
         if constexpr (Whole) {
           column[j] = load(b + d * b_step + col + j * Vec::width);
@@ -130,14 +148,14 @@ inline void sum_tile(const Term<T>* terms, int count, Index row, Index col, floa
 #pragma GCC unroll 8
       for (int i = 0; i < Rows; ++i) {
         const Vec weight = splat(a[i * left.row_step + d * left.depth_step]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int j = 0; j < Columns; ++j) total[i][j] = fma(weight, column[j], total[i][j]);
       }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Columns; ++j) store(c + i * c_step + j * Vec::width, total[i][j]);
   }
 }
@@ -153,10 +171,12 @@ inline void sum_rows(Index left, const Term<T>* terms, int count, Index row, Ind
 
 // One strip of columns, rows in tiles of nearly equal height: a last tile of one row would wait for its own sums.
 template <int Columns, bool Whole, class T>
-inline void sum_strip(Index rows, const Term<T>* terms, int count, Index col, float* c, Index c_step, Index lanes) {
-  const Index tiles = (rows + kSumRows - 1) / kSumRows;
+inline void sum_strip(Index rows, const Term<T>* terms, int count, Index col, float* c, Index c_step, Index lanes,
+                      Ahead& ahead) {
+  const Index tiles = (rows + kSumRows - 1) / kSumRows, depth = depth_of(terms, count);
   for (Index tile = 0; tile < tiles; ++tile) {
     const Index row = rows * tile / tiles, height = rows * (tile + 1) / tiles - row;
+    ahead.run(height * Columns * depth);
     sum_rows<static_cast<int>(kSumRows), Columns, Whole>(height, terms, count, row, col, c + row * c_step + col, c_step,
                                                          lanes);
   }
@@ -164,22 +184,105 @@ inline void sum_strip(Index rows, const Term<T>* terms, int count, Index col, fl
 
 // c[row][col] += the sum of all terms; rows of c are padded to whole vectors.
 template <class T>
-inline void sums(Index rows, Index columns, const Term<T>* terms, int count, float* c, Index c_step) {
+inline void sums(Index rows, Index columns, const Term<T>* terms, int count, float* c, Index c_step, Ahead& ahead) {
   constexpr Index width = Vec::width;
   Index at = 0;
-  for (; at + 2 * width <= columns; at += 2 * width) {
-    sum_strip<2, true>(rows, terms, count, at, c, c_step, width);
+  if constexpr (kSumColumns > 2) {
+    // Not where one vector would be left: two strips of two keep the units busier than three and one.
+    for (; at + 3 * width <= columns && columns / width - at / width != 4; at += 3 * width) {
+      sum_strip<3, true>(rows, terms, count, at, c, c_step, width, ahead);
+    }
   }
-  for (; at + width <= columns; at += width) sum_strip<1, true>(rows, terms, count, at, c, c_step, width);
-  if (at < columns) sum_strip<1, false>(rows, terms, count, at, c, c_step, columns - at);
+  for (; at + 2 * width <= columns; at += 2 * width) {
+    sum_strip<2, true>(rows, terms, count, at, c, c_step, width, ahead);
+  }
+  for (; at + width <= columns; at += width) sum_strip<1, true>(rows, terms, count, at, c, c_step, width, ahead);
+  if (at < columns) sum_strip<1, false>(rows, terms, count, at, c, c_step, columns - at, ahead);
+}
+
+template <class T>
+inline void sums(Index rows, Index columns, const Term<T>* terms, int count, float* c, Index c_step) {
+  Ahead nothing;
+  sums(rows, columns, terms, count, c, c_step, nothing);
 }
 
 // The same with one term: c[row][col] += sum over d of a(row, d) * b[d][col].
 template <class T>
 inline void sums(Index rows, Index columns, Index depth, const Left& a, const T* b, Index b_step, float* c,
-                 Index c_step) {
+                 Index c_step, Ahead& ahead) {
   const Term<T> term = {a, b, b_step, depth};
-  sums(rows, columns, &term, 1, c, c_step);
+  sums(rows, columns, &term, 1, c, c_step, ahead);
+}
+
+template <class T>
+inline void sums(Index rows, Index columns, Index depth, const Left& a, const T* b, Index b_step, float* c,
+                 Index c_step) {
+  Ahead nothing;
+  sums(rows, columns, depth, a, b, b_step, c, c_step, nothing);
+}
+
+inline Index whole_vectors(Index count) { return (count + Vec::width - 1) / Vec::width * Vec::width; }
+
+template <bool Whole>
+inline void transpose_tile(const float* x, Index rows, Index columns, Index step, float* to, Index to_step) {
+  constexpr int width = static_cast<int>(Vec::width);
+  Vec tile[width];
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i) {
+    if constexpr (Whole) {
+      tile[i] = load(x + i * step);
+    } else {
+      tile[i] = i < rows ? load_first(x + i * step, columns) : zero();
+    }
+  }
+  transpose(tile);
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i) {
+    if (Whole || i < columns) store(to + i * to_step, tile[i]);
+  }
+}
+
+// to[column][row] = x[row][column]. Rows of `to` are written up to whole vectors, zeros past the last row of x.
+inline void transpose(const float* x, Index rows, Index columns, Index step, float* to, Index to_step) {
+  constexpr Index width = Vec::width;
+  for (Index row = 0; row < rows; row += width) {
+    const Index height = least(width, rows - row);
+    for (Index column = 0; column < columns; column += width) {
+      const Index wide = least(width, columns - column);
+      const float* from = x + row * step + column;
+      float* out = to + column * to_step + row;
+      if (height == width && wide == width) {
+        transpose_tile<true>(from, width, width, step, out, to_step);
+      } else {
+        transpose_tile<false>(from, height, wide, step, out, to_step);
+      }
+    }
+  }
+}
+
+// Whether so many rows fill three quarters of the lanes that they would lie across: with fewer, dots are as fast.
+inline bool fills_lanes(Index rows) { return 3 * whole_vectors(rows) <= 4 * rows; }
+
+// Queries laid across that meet at a time, and the depth of them that stays in a first-level cache while all keys pass.
+constexpr Index kAcrossRows = 3 * Vec::width;
+constexpr Index kAcrossDepth = 128;
+
+// As dots, of queries laid across: a span's query is [depth][query_step], written up to whole vectors. At most kChunk
+// keys. Writes s up to whole vectors past the last key.
+inline void dots_across(const Span* spans, int count, Index rows, Index keys, float* s, Index step, Ahead& ahead) {
+  alignas(64) float met[kChunk * kAcrossRows];
+  for (Index row = 0; row < rows; row += kAcrossRows) {
+    const Index some = least(kAcrossRows, rows - row), lanes = whole_vectors(some);
+    fill(met, keys * lanes, 0.0f);
+    for (int x = 0; x < count; ++x) {
+      const auto& [query, query_step, key, key_step, depth] = spans[x];
+      for (Index d = 0; d < depth; d += kAcrossDepth) {
+        sums(keys, lanes, least(kAcrossDepth, depth - d), Left{key + d, key_step, 1}, query + d * query_step + row,
+             query_step, met, lanes, ahead);
+      }
+    }
+    transpose(met, keys, some, lanes, s + row * step, step);
+  }
 }
 
 }  // namespace mla_pass::MLA_PASS_ISA

@@ -40,35 +40,9 @@ class TileUse {
   TileUse& operator=(const TileUse&) = delete;
 };
 
-// x[16][16] to out, rows and columns exchanged.
+// x[16][16] to out, rows and columns exchanged: what lies in a lane does not matter.
 inline void transpose(const std::uint32_t* x, Index step, std::uint32_t* out, Index out_step) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(x + i * step);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + 2 + j]);
-      a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + 2 + j]);
-    }
-  }
-  // a[4 i + c] holds, in its 128-bit lane l, column 4 l + c of rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-    const __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-    const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-    _mm512_storeu_si512(out + (0 + c) * out_step, _mm512_shuffle_i32x4(even01, even23, 0x88));
-    _mm512_storeu_si512(out + (8 + c) * out_step, _mm512_shuffle_i32x4(even01, even23, 0xdd));
-    _mm512_storeu_si512(out + (4 + c) * out_step, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
-    _mm512_storeu_si512(out + (12 + c) * out_step, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
-  }
+  transpose_tile<true>(reinterpret_cast<const float*>(x), 16, 16, step, reinterpret_cast<float*>(out), out_step);
 }
 
 // A float32 operand in two bfloat16 terms: [rows][step] high, and the same low; over latents, and rope dims if `rope`.

@@ -15,6 +15,7 @@ struct Vec {
 // Of 16 registers: 3 x 4 accumulators, 3 queries, 1 key; and 6 x 2 accumulators, 2 columns, 1 weight.
 constexpr Index kDotRows = 3;
 constexpr Index kSumRows = 6;
+constexpr Index kSumColumns = 2;
 
 inline Vec widened(__m128i bits, Half) { return {_mm256_cvtph_ps(bits)}; }
 
@@ -96,6 +97,29 @@ inline float largest(Vec a) {
 inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.x, b.x), _mm256_hadd_ps(c.x, d.x));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+// x[row][lane], rows and lanes exchanged.
+inline void transpose(Vec (&x)[8]) {
+  __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_ps(x[2 * i].x, x[2 * i + 1].x);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i].x, x[2 * i + 1].x);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int from = i / 2 * 4 + i % 2;
+    const __m256d a = _mm256_castps_pd(pairs[from]), b = _mm256_castps_pd(pairs[from + 2]);
+    fours[i / 2 * 4 + i % 2 * 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    fours[i / 2 * 4 + i % 2 * 2 + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+  // fours[4 i + c] holds, in its 128-bit lane l, column 4 l + c of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    x[c].x = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
+    x[4 + c].x = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
+  }
 }
 
 }  // namespace mla_pass::MLA_PASS_ISA

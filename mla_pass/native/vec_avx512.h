@@ -12,9 +12,10 @@ struct Vec {
   __m512 x;
 };
 
-// Of 32 registers: 6 x 4 accumulators, 6 queries, 1 key; and 8 x 2 accumulators, 2 columns, 1 weight.
+// Of 32 registers: 6 x 4 accumulators, 6 queries, 1 key; and 8 x 3 accumulators, 3 columns, 1 weight.
 constexpr Index kDotRows = 6;
 constexpr Index kSumRows = 8;
+constexpr Index kSumColumns = 3;
 
 inline Vec widened(__m256i bits, Half) { return {_mm512_cvtph_ps(bits)}; }
 
@@ -84,6 +85,35 @@ inline __m256 halves(Vec a) {
 inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+// x[row][lane], rows and lanes exchanged.
+inline void transpose(Vec (&x)[16]) {
+  __m512 pairs[16], fours[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    pairs[2 * i] = _mm512_unpacklo_ps(x[2 * i].x, x[2 * i + 1].x);
+    pairs[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i].x, x[2 * i + 1].x);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int from = i / 2 * 4 + i % 2;
+    const __m512d a = _mm512_castps_pd(pairs[from]), b = _mm512_castps_pd(pairs[from + 2]);
+    fours[i / 2 * 4 + i % 2 * 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    fours[i / 2 * 4 + i % 2 * 2 + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  // fours[4 i + c] holds, in its 128-bit lane l, column 4 l + c of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even01 = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+    x[c].x = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    x[8 + c].x = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    x[4 + c].x = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    x[12 + c].x = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
 }
 
 }  // namespace mla_pass::MLA_PASS_ISA

@@ -16,6 +16,7 @@ struct Vec {
 // Tiles of the two products, in accumulators: 3 x 4 and 4 x 2 of 16 registers (32 on AArch64).
 constexpr Index kDotRows = 3;
 constexpr Index kSumRows = 4;
+constexpr Index kSumColumns = 2;
 
 // Exact, subnormals included: the magnitude's bits, moved to where float32 has them, are off by 2^112, and one
 // product puts that right.
@@ -121,6 +122,17 @@ inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
   out[1] = sum(b);
   out[2] = sum(c);
   out[3] = sum(d);
+}
+
+// x[row][lane], rows and lanes exchanged.
+inline void transpose(Vec (&x)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float above = x[j].x[i];
+      x[j].x[i] = x[i].x[j];
+      x[i].x[j] = above;
+    }
+  }
 }
 
 }  // namespace mla_pass::MLA_PASS_ISA
