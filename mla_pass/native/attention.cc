@@ -9,6 +9,7 @@
 #include <limits>
 #include <mutex>
 
+#include "levels.h"
 #include "scratch.h"
 
 // Conversions of single numbers; this file is compiled for the same processors as the scalar kernels.
@@ -344,7 +345,7 @@ Index blocks_touched(Index rows, Index block) { return (rows + block - 2) / bloc
 template <class T>
 void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s) {
   const Sizes& size = p.size;
-  const Index first = size.decoded > 0 ? 1 : 0;
+  const Index first = size.finest;
   if (first == size.levels) return;
   const Index query = size.orders * rows * padded(size.key_rank), finest = p.level[first].block;
   s.blocks = std::clamp<Index>(kBandFloats / query, 1, std::min(kPad, ceil_div(kChunk, finest)));
@@ -389,7 +390,7 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, bool tiles, Carver& ca
   const Sizes& size = p.size;
   AbsorbScratch s{};
   lay_bands(p, rows, carver, s);
-  const Index dims = 2 * size.decoded, groups = std::min(size.groups, rows);  // a tile has at least a row a group
+  const Index dims = 2 * size.decoded, groups = std::min(size.groups, rows);  // of a tile: it has a row of each
   if (tiles && takes_tiles(p)) s.tiles = lay_tiles(p, rows, groups * dims, carver);
   if (size.decoded > 0) {
     s.fine_up = carver.take<float>(groups * dims * padded(size.key_rank));
@@ -602,8 +603,11 @@ void run_absorbed_parts(const Problem<T>& p, const Isa& isa, const Tiling& tilin
 }
 
 template <class T>
-void run_absorbed(const Problem<T>& p, const Isa& isa, const Threads& threads) {
+void run_absorbed(Problem<T>& p, const Isa& isa, const Threads& threads) {
   const Tiling tiling = absorbed_tiling(p.size);
+  const Index groups = ceil_div(tiling.heads, p.size.heads / p.size.groups);
+  p.size.finest = absorbed_from(p.level, p.size, tiling.heads * tiling.tokens, groups);
+  p.size.decoded = p.size.finest > 0 ? p.level[p.size.finest - 1].end : 0;
   const Index wanted = ceil_div(2 * threads.workers, tiling.count(p.size));
   const Index keys = p.size.window > 0 ? std::min(p.size.total, p.size.window + tiling.tokens) : p.size.total;
   const Index parts = threads.workers > 1 ? std::clamp<Index>(keys / kLeastKeys, 1, wanted) : 1;
@@ -630,7 +634,7 @@ void run(const Layout& layout, const Sizes& size, const Inputs& inputs, const Ou
   const auto lay = [&](Carver& carver) { return lay_common(size, carver); };
   const Lease lease(bytes_of(lay));
   Carver carver(lease.data());
-  const Problem<T> p = make_problem<T>(layout, size, inputs, outputs, lay(carver));
+  Problem<T> p = make_problem<T>(layout, size, inputs, outputs, lay(carver));
   carry_over(size, inputs[kPastLatent], outputs.present_latent, threads);
   carry_over(size, inputs[kPastRope], outputs.present_rope, threads);
   store_rows(p, inputs[kRow].as<T>(), threads);

@@ -1,8 +1,8 @@
 // Latent queries of the blocks that cached rows lie in: the bands of block rotation on the query's side.
 //
 // A level's queries are those of the coarser levels, moved to the first rows of its own blocks, plus its own pairs',
-// turned to there and pulled through key_up; the finest level's meet the cache. Blocks of one row are none of these
-// (see fine.h). Several neighbouring blocks are made at
+// turned to there and pulled through key_up; the finest level's meet the cache. Pairs of the shortest blocks are
+// none of these (see fine.h). Several neighbouring blocks are made at
 // a time: they share key_up, so that heads times blocks are the rows of one product, and block numbers are what fills
 // the lanes of a vector where pairs are turned.
 #pragma once
@@ -16,7 +16,7 @@ class BandQueries {
  public:
   BandQueries(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, const AbsorbScratch& scratch)
       : p_(p), size_(p.size), tile_(tile), queries_(queries), scratch_(scratch), rows_(rows_of(tile)),
-        finest_(p.size.decoded > 0 ? 1 : 0) {
+        finest_(p.size.finest) {
     for (Index level = 0; level < size_.levels; ++level) blocks_[level] = {-1, 0};
   }
 

@@ -359,7 +359,6 @@ Sizes from_attributes(const Layout& layout) {
   size.pairs = static_cast<Index>(layout.band_index.size());
   size.orders = layout.orders;
   size.levels = static_cast<Index>(layout.levels.size());
-  size.decoded = size.levels > 0 && layout.levels[0].block == 1 ? layout.levels[0].end : 0;
   size.window = a.local_window_size > 0 ? a.local_window_size : 0;
   size.causal = a.causal != 0;
   size.scale = a.scale;

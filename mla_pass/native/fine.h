@@ -1,7 +1,6 @@
-// Pairs whose blocks would be shorter than the number of heads that share a key: their keys are decoded and turned.
+// Pairs whose blocks are too short to make latent queries for each (levels.h): their keys are decoded and turned.
 //
-// They are the pairs of blocks of one row. Counted per cached row in multiply-adds: 2 k for each pair and kv group, and
-// then 2 for each head. Keys lie with cached rows in the lanes, [dim][row], so that neither turning them nor meeting
+// Counted per cached row in multiply-adds: 2 k for each pair and kv group, and then 2 for each head. Keys lie with cached rows in the lanes, [dim][row], so that neither turning them nor meeting
 // them with queries sums across lanes.
 #pragma once
 
@@ -78,17 +77,19 @@ class FinePairs {
     }
   }
 
-  // Keys, their mean added, times A0 exp(j theta row).
+  // Keys, their mean added, turned.
   void turn_keys(Index first, Index keys) const {
-    for (Index i = 0; i < pairs_; ++i) {
-      float cos[kStep] = {}, sin[kStep] = {};
-      make_turn(p_, i, 1, first, keys, cos, sin);
-      Index place = 0;
-      for_groups(size_, tile_, [&](const GroupRun& run) {
-        const float* mean = p_.key_mean + run.group * size_.nope_dim + i;
-        float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + i) * kStep;
-        turn_pair(re, re + pairs_ * kStep, mean[0], mean[size_.pairs], cos, sin, keys);
-      });
+    for (Index level = 0; level < size_.finest; ++level) {
+      for (Index i = p_.level[level].begin; i < p_.level[level].end; ++i) {
+        float cos[kStep] = {}, sin[kStep] = {};
+        make_turn(p_, i, p_.level[level].block, first, keys, cos, sin);
+        Index place = 0;
+        for_groups(size_, tile_, [&](const GroupRun& run) {
+          const float* mean = p_.key_mean + run.group * size_.nope_dim + i;
+          float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + i) * kStep;
+          turn_pair(re, re + pairs_ * kStep, mean[0], mean[size_.pairs], cos, sin, keys);
+        });
+      }
     }
   }
 

@@ -79,7 +79,8 @@ struct Sizes {
   Index query_dim;  // numbers a head of the query input has: D, or n + p without query_map
   Index value_dim;  // numbers a head of the context has: V, or w without value_up
   Index pairs, orders, levels;
-  Index decoded;  // pairs, the first level, in blocks of one row, or 0: their keys are decoded in either form
+  Index finest;   // level, the first whose pairs are absorbed in the absorbed form, or `levels` for none; see levels.h
+  Index decoded;  // pairs of the levels before it: their keys are decoded in either form
   Index capacity;       // rows of the present tensors
   Index angles;         // columns of the cosine and sine tables
   Index bias_batch;     // elements between sequences of attention_bias, 0 where all share one
