@@ -29,26 +29,9 @@ inline void for_blocks(BandQueries<T>& bands, Index begin, Index end, const Work
   }
 }
 
-// Products with a chunk of `keys` rows from `first` on, in runs of blocks.
-template <class T>
-inline void meet_bands(Meeting<T>& meeting, BandQueries<T>& bands, Index first, Index keys, const Chunk& chunk,
-                       float* s, Ahead& ahead) {
-  for_blocks(bands, first, first + keys, [&](Index key, Index count) {
-    meeting.block(bands, key, count, from(chunk, key - first), s + key - first, ahead);
-  });
-}
-
 #if defined(MLA_PASS_MATRIX_UNIT)
 
-inline void add_rows(Index rows, Index keys, const float* x, float* s, Index step) {
-  for (Index row = 0; row < rows; ++row) {
-    for (Index i = 0; i < keys; i += Vec::width) {
-      store(s + row * step + i, add(load(s + row * step + i), load(x + row * step + i)));
-    }
-  }
-}
-
-// Scores of a chunk's latents, on the matrix unit: s [rows][kScoreStep].
+// Scores of a chunk's latents, on the matrix unit: s [rows][kKeyStep].
 template <class T>
 inline void meet_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, BandQueries<T>& bands,
                        const Tiles<T>& tiles, const Terms& still, Index first, Index keys,
@@ -56,20 +39,20 @@ inline void meet_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& 
   const Sizes& size = p.size;
   const Index rows = rows_of(tile);
   if (!bands.turning()) {
-    tiles.products(still, rows, 0, keys, scratch.scores, kScoreStep);
-    if (p.key_up) add_mean(rows, keys, queries.still_mean, 1, scratch.scores, kScoreStep);
+    tiles.products(still, rows, 0, keys, scratch.scores, kKeyStep);
+    if (p.key_up) add_mean(rows, keys, queries.still_mean, 1, scratch.scores, kKeyStep);
     return;
   }
   const float* rope = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
   for_blocks(bands, first, first + keys, [&](Index key, Index count) {
     float* s = scratch.scores + key - first;
     const Terms query = tiles.left(bands.query(0, key), rows, bands.step(), rope, queries.width, scratch.tiles.left);
-    tiles.products(query, rows, key - first, count, s, kScoreStep);
-    if (size.orders == 1) return add_mean(rows, count, bands.mean(0, key), kPad, s, kScoreStep);
+    tiles.products(query, rows, key - first, count, s, kKeyStep);
+    if (size.orders == 1) return add_mean(rows, count, bands.mean(0, key), kPad, s, kKeyStep);
     const Terms slope = tiles.left(bands.query(1, key), rows, bands.step(), nullptr, 0, scratch.tiles.left);
-    tiles.products(slope, rows, key - first, count, scratch.slopes, kScoreStep);
+    tiles.products(slope, rows, key - first, count, scratch.slopes, kKeyStep);
     follow(rows, count, static_cast<float>(key % bands.block()), scratch.slopes, bands.mean(0, key),
-           bands.mean(1, key), kPad, s, kScoreStep);
+           bands.mean(1, key), kPad, s, kKeyStep);
   });
 }
 
@@ -81,7 +64,7 @@ void absorb_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queri
   const Index rows = rows_of(tile);
   const TileUse use;
   BandQueries<T> bands(p, tile, queries, scratch);
-  const FinePairs<T> fine(p, tile, queries, scratch);
+  FinePairs<T> fine(p, tile, queries, scratch);
   Tiles<T> tiles(p, scratch.tiles);
   const float* rope_query = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
   const Terms up = tiles.left(scratch.fine_up, fine.rows(), queries.key_width, nullptr, 0, scratch.tiles.fine);
@@ -93,25 +76,35 @@ void absorb_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queri
     tiles.read(at, keys);
     meet_tiles(p, tile, queries, bands, tiles, still, first, keys, scratch);
     if (fine.rows() > 0) {
-      tiles.products(up, fine.rows(), 0, keys, scratch.fine_keys, FinePairs<T>::kStep);
-      fine.meet_decoded(first, keys, scratch.scores, kScoreStep);
+      tiles.products(up, fine.rows(), 0, keys, scratch.fine_keys, kKeyStep);
+      fine.meet_decoded(first, keys, scratch.scores);
     }
     if (size.rope_dim > 0 && !tiles.rope()) {
       const Rows rope = size.split == size.rank
                             ? read_rows(p.part[1], at, keys, scratch.chunk.rope, scratch.chunk.rope_step)
                             : read_chunk(p, at, keys, scratch.chunk).rope;
-      const Span span = {queries.dims + size.nope_dim, queries.width, rope.data, rope.step, size.rope_dim};
+      transpose(rope.data, keys, size.rope_dim, rope.step, scratch.keys, kKeyStep);
       Ahead nothing;
-      dots(&span, 1, rows, keys, scratch.slopes, kScoreStep, nothing);
-      add_rows(rows, keys, scratch.slopes, scratch.scores, kScoreStep);
+      meet_rope(size, queries, rows, scratch.keys, keys, scratch.scores, nothing);
     }
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
-    weigh(how, queries.sight, rows, scratch.scores, kScoreStep, part, 0);
-    tiles.weighted(rows, keys, scratch.scores, kScoreStep, part);
+    weigh(how, queries.sight, rows, scratch.scores, kKeyStep, part, 0);
+    tiles.weighted(rows, keys, scratch.scores, kKeyStep, part);
   }
 }
 
 #endif
+
+// Products with a chunk of `keys` rows from `first` on that is laid across.
+template <class T>
+inline void meet_chunk(const Problem<T>& p, const Queries<T>& queries, BandQueries<T>& bands, Index rows, Index first,
+                       Index keys, const AcrossChunk& chunk, const AbsorbScratch& scratch, Ahead& ahead) {
+  if (!bands.turning()) return meet_still(p, queries, rows, chunk, keys, scratch.scores, ahead);
+  for_blocks(bands, first, first + keys, [&](Index key, Index count) {
+    meet_block(p, queries, bands, rows, key, count, from(chunk, key - first), scratch.slopes,
+               scratch.scores + key - first, ahead);
+  });
+}
 
 template <class T>
 void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, Index begin, Index end,
@@ -121,23 +114,25 @@ void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, In
 #endif
   const Sizes& size = p.size;
   const Index rows = rows_of(tile);
+  const bool queries_across = size.levels == 0 && fills_lanes(rows);
   BandQueries<T> bands(p, tile, queries, scratch);
-  const FinePairs<T> fine(p, tile, queries, scratch);
-  Meeting<T> meeting(p, tile, queries, bands.turning(), scratch);
+  FinePairs<T> fine(p, tile, queries, scratch);
+  const QueriesAcross<T> across(p, queries, queries_across ? rows : 0, scratch.across);
   start(part, rows);
   for (Index first = begin; first < end; first += kChunk) {
     const Index keys = least(kChunk, end - first), at = tile.batch * size.capacity + first;
     const Chunk chunk = read_chunk(p, at, keys, scratch.chunk);
     Ahead ahead(p, at + keys, least(kChunk, end - first - keys));
-    if (bands.turning()) {
-      meet_bands(meeting, bands, first, keys, chunk, scratch.scores, ahead);
+    if (queries_across) {
+      across.meet(keys, chunk, scratch.scores, ahead);
     } else {
-      meeting.still(keys, chunk, scratch.scores, ahead);
+      const AcrossChunk laid = lay_across(size, chunk, keys, scratch.keys);
+      meet_chunk(p, queries, bands, rows, first, keys, laid, scratch, ahead);
+      fine.meet(first, keys, laid.latent, scratch.scores, ahead);
     }
-    fine.meet(first, keys, chunk.latent.data, chunk.latent.step, scratch.scores, kScoreStep, ahead);
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};
-    weigh(how, queries.sight, rows, scratch.scores, kScoreStep, part, 0);
-    sums(rows, size.value_rank, keys, Left{scratch.scores, kScoreStep, 1}, chunk.latent.data + size.value_offset,
+    weigh(how, queries.sight, rows, scratch.scores, kKeyStep, part, 0);
+    sums(rows, size.value_rank, keys, Left{scratch.scores, kKeyStep, 1}, chunk.latent.data + size.value_offset,
          chunk.latent.step, part.sum, part.value_width, ahead);
   }
 }

@@ -394,13 +394,14 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, bool tiles, Carver& ca
   if (tiles && takes_tiles(p)) s.tiles = lay_tiles(p, rows, groups * dims, carver);
   if (size.decoded > 0) {
     s.fine_up = carver.take<float>(groups * dims * padded(size.key_rank));
-    s.fine_across = carver.take<float>(size.key_rank * padded(groups * dims));
     s.fine_query = carver.take<float>(rows * dims);
     s.fine_keys = carver.take<float>(groups * dims * (kChunk + kPad));
+    s.fine_turn = carver.take<float>(dims * (kChunk + kPad));
   }
   s.scores = carver.take<float>(rows * (kChunk + kPad));
   if (size.orders > 1 || tiles) s.slopes = carver.take<float>(rows * (kChunk + kPad));
-  s.across = carver.take<float>((size.rope_dim + size.orders * size.key_rank) * padded(rows));
+  s.across = carver.take<float>((size.rope_dim + size.key_rank) * padded(rows));
+  s.keys = carver.take<float>((size.rope_dim + size.key_rank) * (kChunk + kPad));
   s.chunk = lay_chunk(p, carver);
   return s;
 }
@@ -412,7 +413,7 @@ ExpandScratch lay_expand(const Problem<T>& p, Carver& carver) {
   s.key_width = padded(size.key_rank);
   if (p.key_up) {
     s.key_up = carver.take<float>(size.nope_dim * s.key_width);
-    s.key_across = carver.take<float>(size.key_rank * padded(size.nope_dim));
+    s.latents = carver.take<float>(size.key_rank * (kChunk + kPad));
   }
   s.chunk = lay_chunk(p, carver);
   s.keys = carver.take<float>((size.nope_dim + size.rope_dim) * (kChunk + kPad));

@@ -1,7 +1,7 @@
 // Chunks of cached rows as float32.
 #pragma once
 
-#include "maths.h"
+#include "products.h"
 
 namespace mla_pass::MLA_PASS_ISA {
 
@@ -37,9 +37,19 @@ inline Chunk read_chunk(const Problem<T>& p, Index first, Index count, const Chu
   return {{scratch.latent, scratch.latent_step}, {scratch.latent + size.rank, scratch.latent_step}};
 }
 
-inline Chunk from(const Chunk& chunk, Index row) {
-  return {{chunk.latent.data + row * chunk.latent.step, chunk.latent.step},
-          {chunk.rope.data + row * chunk.rope.step, chunk.rope.step}};
+// The same laid across, chunk rows in the lanes: [key_rank][kKeyStep], [rope_dim][kKeyStep].
+struct AcrossChunk {
+  const float *latent, *rope;
+};
+
+// What queries meet of `count` rows, laid across in `room`.
+inline AcrossChunk lay_across(const Sizes& size, const Chunk& chunk, Index count, float* room) {
+  float* rope = room + size.key_rank * kKeyStep;
+  transpose(chunk.latent.data, count, size.key_rank, chunk.latent.step, room, kKeyStep);
+  transpose(chunk.rope.data, count, size.rope_dim, chunk.rope.step, rope, kKeyStep);
+  return {room, rope};
 }
+
+inline AcrossChunk from(const AcrossChunk& chunk, Index row) { return {chunk.latent + row, chunk.rope + row}; }
 
 }  // namespace mla_pass::MLA_PASS_ISA

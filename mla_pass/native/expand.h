@@ -9,23 +9,8 @@
 
 namespace mla_pass::MLA_PASS_ISA {
 
-// Keys lie with cached rows in the lanes, [dim][kScoreStep]: neither turning them nor meeting them with queries sums
-// across lanes.
-constexpr Index kKeyStep = kScoreStep;
-
-// key_up of the tile's group, laid across for all chunks.
-template <class T>
-inline void lay_key_up(const Problem<T>& p, Index group, const ExpandScratch& scratch) {
-  const Sizes& size = p.size;
-  for (Index i = 0; i < size.nope_dim; ++i) {
-    widen(p.key_up + (group * size.nope_dim + i) * size.key_rank, scratch.key_up + i * scratch.key_width,
-          size.key_rank);
-  }
-  transpose(scratch.key_up, size.nope_dim, size.key_rank, scratch.key_width, scratch.key_across,
-            whole_vectors(size.nope_dim));
-}
-
-// The mean added, and pairs turned, of keys from cache row `first` on.
+// Keys lie with cached rows in the lanes, [dim][kKeyStep]: neither turning them nor meeting them with queries sums
+// across lanes. The mean added, and pairs turned, of keys from cache row `first` on.
 template <class T>
 inline void finish_keys(const Problem<T>& p, Index group, Index first, Index count, float* keys) {
   const Sizes& size = p.size;
@@ -33,7 +18,7 @@ inline void finish_keys(const Problem<T>& p, Index group, Index first, Index cou
   for (Index level = 0; level < size.levels; ++level) {
     for (Index pair = p.level[level].begin; pair < p.level[level].end; ++pair) {
       float cos[kKeyStep] = {}, sin[kKeyStep] = {};
-      make_turn(p, pair, p.level[level].block, first, count, cos, sin);
+      make_turn(p, pair, p.level[level].block, first, 0, count, cos, sin);
       const Index other = size.pairs + pair;
       turn_pair(keys + pair * kKeyStep, keys + other * kKeyStep, mean[pair], mean[other], cos, sin, count);
     }
@@ -49,28 +34,13 @@ inline void decode_keys(const Problem<T>& p, Index group, Index first, Index cou
   const Sizes& size = p.size;
   const auto& [latent, rope] = chunk;
   const Index n = size.nope_dim;
-  if (n > 0 && p.key_up) {
-    const Span span = {scratch.key_across, whole_vectors(n), latent.data, latent.step, size.key_rank};
-    Ahead nothing;
-    dots_across(&span, 1, n, count, scratch.keys, kKeyStep, nothing);
-    finish_keys(p, group, first, count, scratch.keys);
-  } else {
-    transpose(latent.data, count, n, latent.step, scratch.keys, kKeyStep);
-  }
   transpose(rope.data, count, size.rope_dim, rope.step, scratch.keys + n * kKeyStep, kKeyStep);
-}
-
-// Products of queries with decoded keys, a part of the dims at a time that stays in a first-level cache.
-template <class T>
-inline void meet_decoded(const Problem<T>& p, const Queries<T>& queries, Index row, Index rows, Index keys,
-                         const ExpandScratch& scratch) {
-  const Index dims = p.size.nope_dim + p.size.rope_dim;
-  fill(scratch.scores, rows * kScoreStep, 0.0f);
-  for (Index i = 0; i < dims; i += kAcrossDepth) {
-    const Left query = {queries.dims + row * queries.width + i, queries.width, 1};
-    sums(rows, keys, least(kAcrossDepth, dims - i), query, scratch.keys + i * kKeyStep, kKeyStep, scratch.scores,
-         kScoreStep);
-  }
+  if (n == 0 || !p.key_up) return transpose(latent.data, count, n, latent.step, scratch.keys, kKeyStep);
+  transpose(latent.data, count, size.key_rank, latent.step, scratch.latents, kKeyStep);
+  fill(scratch.keys, n * kKeyStep, 0.0f);
+  Ahead nothing;
+  meet_keys(scratch.key_up, n, scratch.key_width, scratch.latents, size.key_rank, count, scratch.keys, nothing);
+  finish_keys(p, group, first, count, scratch.keys);
 }
 
 // Values of the chunk, decoded or the latents themselves.
@@ -102,7 +72,12 @@ void expand(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, co
   const Sizes& size = p.size;
   const Index rows = rows_of(tile), group = tile.head / (size.heads / size.groups);
   start(part, rows);
-  if (p.key_up) lay_key_up(p, group, scratch);
+  if (p.key_up) {
+    for (Index i = 0; i < size.nope_dim; ++i) {
+      widen(p.key_up + (group * size.nope_dim + i) * size.key_rank, scratch.key_up + i * scratch.key_width,
+            size.key_rank);
+    }
+  }
   const Sight<T> all = seen_by(queries.sight, rows);
   for (Index first = all.first; first < all.end; first += kChunk) {
     const Index keys = least(kChunk, all.end - first), at = tile.batch * size.capacity + first;
@@ -114,9 +89,12 @@ void expand(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, co
       const Index some = least(kQueryRows, rows - row);
       const Sight<T> seen = seen_by(queries.sight + row, some);
       if (seen.first >= first + keys || seen.end <= first) continue;
-      meet_decoded(p, queries, row, some, keys, scratch);
-      weigh(how, queries.sight + row, some, scratch.scores, kScoreStep, part, row);
-      sums(some, size.value_dim, keys, Left{scratch.scores, kScoreStep, 1}, values.data, values.step,
+      fill(scratch.scores, some * kKeyStep, 0.0f);
+      Ahead nothing;
+      meet_keys(queries.dims + row * queries.width, some, queries.width, scratch.keys, size.nope_dim + size.rope_dim,
+                keys, scratch.scores, nothing);
+      weigh(how, queries.sight + row, some, scratch.scores, kKeyStep, part, row);
+      sums(some, size.value_dim, keys, Left{scratch.scores, kKeyStep, 1}, values.data, values.step,
            part.sum + row * part.value_width, part.value_width);
     }
   }

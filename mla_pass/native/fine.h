@@ -16,38 +16,29 @@ class FinePairs {
       : p_(p), size_(p.size), tile_(tile), scratch_(scratch), pairs_(p.size.decoded), width_(queries.key_width) {
     if (pairs_ == 0) return;
     for_groups(size_, tile_, [&](const GroupRun& run) { read_up(run.group, groups_++); });
-    if (fills_lanes(rows())) {
-      transpose(scratch_.fine_up, rows(), size_.key_rank, width_, scratch_.fine_across, whole_vectors(rows()));
-    }
+    for (Index& keys : known_) keys = 0;
     turn_queries(queries);
   }
 
   // Rows of key_up that decode the pairs' keys, each key_width from the next, in `AbsorbScratch.fine_up`.
   Index rows() const { return groups_ * 2 * pairs_; }
-  static constexpr Index kStep = kChunk + kPad;
 
-  // Adds to the scores s [rows][step] of `keys` rows from cache row `first` on, whose latents are given.
-  void meet(Index first, Index keys, const float* latent, Index latent_step, float* s, Index step,
-            Ahead& ahead) const {
+  // Adds to the scores s [rows][kKeyStep] of `keys` rows from cache row `first` on, whose latents are laid across.
+  void meet(Index first, Index keys, const float* latents, float* s, Ahead& ahead) {
     if (pairs_ == 0) return;
-    if (fills_lanes(rows())) {
-      const Span span = {scratch_.fine_across, whole_vectors(rows()), latent, latent_step, size_.key_rank};
-      dots_across(&span, 1, rows(), keys, scratch_.fine_keys, kStep, ahead);
-    } else {
-      const Span span = {scratch_.fine_up, width_, latent, latent_step, size_.key_rank};
-      dots(&span, 1, rows(), keys, scratch_.fine_keys, kStep, ahead);
-    }
-    meet_decoded(first, keys, s, step);
+    fill(scratch_.fine_keys, rows() * kKeyStep, 0.0f);
+    meet_keys(scratch_.fine_up, rows(), width_, latents, size_.key_rank, keys, scratch_.fine_keys, ahead);
+    meet_decoded(first, keys, s);
   }
 
-  // The same where `AbsorbScratch.fine_keys` [rows()][kStep] holds the products of key_up and latents already.
-  void meet_decoded(Index first, Index keys, float* s, Index step) const {
+  // The same where `AbsorbScratch.fine_keys` [rows()][kKeyStep] holds the products of key_up and latents already.
+  void meet_decoded(Index first, Index keys, float* s) {
     turn_keys(first, keys);
     Index place = 0;
     for_groups(size_, tile_, [&](const GroupRun& run) {
       const Left query = {scratch_.fine_query + run.row * 2 * pairs_, 2 * pairs_, 1};
-      sums(run.rows, keys, 2 * pairs_, query, scratch_.fine_keys + place++ * 2 * pairs_ * kStep, kStep,
-           s + run.row * step, step);
+      sums(run.rows, keys, 2 * pairs_, query, scratch_.fine_keys + place++ * 2 * pairs_ * kKeyStep, kKeyStep,
+           s + run.row * kKeyStep, kKeyStep);
     });
   }
 
@@ -77,20 +68,42 @@ class FinePairs {
     }
   }
 
-  // Keys, their mean added, turned.
-  void turn_keys(Index first, Index keys) const {
+  // Keys, their mean added, turned: by what is the same in every chunk, and by the angle of the chunk's first row.
+  void turn_keys(Index first, Index keys) {
     for (Index level = 0; level < size_.finest; ++level) {
-      for (Index i = p_.level[level].begin; i < p_.level[level].end; ++i) {
-        float cos[kStep] = {}, sin[kStep] = {};
-        make_turn(p_, i, p_.level[level].block, first, keys, cos, sin);
-        Index place = 0;
-        for_groups(size_, tile_, [&](const GroupRun& run) {
-          const float* mean = p_.key_mean + run.group * size_.nope_dim + i;
-          float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + i) * kStep;
-          turn_pair(re, re + pairs_ * kStep, mean[0], mean[size_.pairs], cos, sin, keys);
-        });
+      const Level& band = p_.level[level];
+      know(level, first, keys);
+      for (Index i = band.begin; i < band.end; ++i) {
+        const Index at = first * size_.angles + p_.band_index[i];
+        float cos[kKeyStep], sin[kKeyStep];
+        turn_all(turn(i), turn(i) + kKeyStep, p_.cos[at], p_.sin[at], keys, cos, sin);
+        turn_pair_of_groups(i, keys, cos, sin);
       }
     }
+  }
+
+  // What pairs of a level are turned by within a chunk: it depends on where its first block begins.
+  void know(Index level, Index first, Index keys) {
+    const Level& band = p_.level[level];
+    const Index phase = first % band.block;
+    if (known_[level] >= keys && phase_[level] == phase) return;
+    for (Index i = band.begin; i < band.end; ++i) {
+      fill(turn(i), 2 * kKeyStep, 0.0f);
+      make_turn(p_, i, band.block, first, first, keys, turn(i), turn(i) + kKeyStep);
+    }
+    known_[level] = keys;
+    phase_[level] = phase;
+  }
+
+  float* turn(Index pair) const { return scratch_.fine_turn + pair * 2 * kKeyStep; }
+
+  void turn_pair_of_groups(Index pair, Index keys, const float* cos, const float* sin) const {
+    Index place = 0;
+    for_groups(size_, tile_, [&](const GroupRun& run) {
+      const float* mean = p_.key_mean + run.group * size_.nope_dim + pair;
+      float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + pair) * kKeyStep;
+      turn_pair(re, re + pairs_ * kKeyStep, mean[0], mean[size_.pairs], cos, sin, keys);
+    });
   }
 
   const Problem<T>& p_;
@@ -99,6 +112,7 @@ class FinePairs {
   const AbsorbScratch& scratch_;
   const Index pairs_, width_;
   Index groups_ = 0;
+  Index known_[kMaxLevels], phase_[kMaxLevels];  // of a level's turns: for how many rows, and from where in a block
 };
 
 }  // namespace mla_pass::MLA_PASS_ISA

@@ -182,11 +182,12 @@ struct AbsorbScratch {
   float* turn;               // [orders][pairs of the widest level][2][kPad]
   float* scores;             // [rows][kChunk + kPad]
   float* slopes;             // the same, for the order that follows the offset
-  float* across;             // [rope_dim + orders * key_rank][rows, 16s]: queries, see meet.h
+  float* across;             // [rope_dim + key_rank][rows, 16s]: queries, where they are laid across
+  float* keys;               // [key_rank + rope_dim][kChunk + kPad]: a chunk laid across
   float* fine_up;            // [groups of a tile][2 * decoded][key_width]
-  float* fine_across;        // the same laid across: [key_rank][groups of a tile * 2 * decoded, 16s]
   float* fine_query;         // [rows][2 * decoded], turned to their rows
   float* fine_keys;          // [groups of a tile][2 * decoded][kChunk + kPad]
+  float* fine_turn;          // [decoded][2][kChunk + kPad]
   ChunkScratch chunk;
   TileScratch tiles;
 };
@@ -194,7 +195,7 @@ struct AbsorbScratch {
 // Room for one thread in the expanded form.
 struct ExpandScratch {
   float* key_up;      // [n][key_width] of one group
-  float* key_across;  // the same laid across: [key_rank][n, 16s]
+  float* latents;     // [key_rank][kChunk + kPad]: a chunk laid across
   ChunkScratch chunk;
   float* keys;    // [n + p][kChunk + kPad]: decoded, turned, with the rope part behind them
   float* values;  // [kChunk][value_width]

@@ -1,15 +1,15 @@
-// The two matrix products everything is made of, both float32.
+// The matrix product that everything is made of, float32:
 //
-//   dots   s[row][key]  = q[row] . key[key]      both operands contiguous along the sum: queries against cached rows
-//   sums   c[row][col] += a[row] . b[.][col]     the second operand contiguous across the sum: weights against values
+//   c[row][col] += a[row] . b[.][col]     b contiguous across the sum: rows of weights against rows of values
 //
-// Neither packs an operand: cached rows, latent queries, up-projections and probabilities are read as they lie. A tile
-// of dots reads kDotRows + 4 vectors for 4 * kDotRows multiply-adds, a tile of sums kSumRows + kSumColumns for
-// kSumRows * kSumColumns: below the two loads a cycle that go with two multiply-adds. Sums come within a tenth of the
-// multiply-adds that a core can do. Dots pay a reduction for each result, about 5 instructions against depth / width,
-// and stay at half. So queries that meet many keys are laid across first, rows side by side, where dots are sums:
+// Neither operand is packed: cached rows, latent queries, up-projections and probabilities are read as they lie. A tile
+// reads kSumRows + kSumColumns vectors for kSumRows * kSumColumns multiply-adds, below the two loads a cycle that go
+// with two multiply-adds, and comes within a tenth of what a core can do. Scores, q[row] . k[key], have both operands
+// contiguous along the sum; summed so they would end in a reduction across the lanes for each. One of the operands is
+// laid across first, transposed:
 //
-//   s[row][key]  = sum over d of key[key][d] * across[d][row]
+//   s[row][key] += q[row] . across[.][key]          keys across, once a chunk, for any number of rows
+//   s[row][key]  = k[key] . across[.][row]          queries across, once for all chunks, where they fill the lanes
 #pragma once
 
 #include "ahead.h"
@@ -20,93 +20,6 @@
 #define MLA_PASS_TILE __attribute__((noinline)) inline
 
 namespace mla_pass::MLA_PASS_ISA {
-
-// One term of a product: rows of q [.][query_step] against rows of key [.][key_step].
-struct Span {
-  const float* query;
-  Index query_step;
-  const float* key;
-  Index key_step;
-  Index depth;
-};
-
-// Of a product's spans or terms together.
-template <class Part>
-inline Index depth_of(const Part* parts, int count) {
-  Index depth = 0;
-  for (int i = 0; i < count; ++i) depth += parts[i].depth;
-  return depth;
-}
-
-constexpr int kDotKeys = 4;
-// Keys that stay in a first-level cache (8 x 576 floats: 18 KB) while all queries pass.
-constexpr Index kNearKeys = 8;
-
-template <int Rows>
-inline void dot_step(Vec (&total)[Rows][kDotKeys], const Vec (&query)[Rows], const Vec& key, int j) {
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) total[i][j] = fma(query[i], key, total[i][j]);
-}
-
-// Rows of queries from `row` against four keys; a result a query for each, side by side at s.
-template <int Rows>
-MLA_PASS_TILE void dot_tile(const Span* spans, int count, Index row, const Index (&keys)[kDotKeys], float* s, Index step) {
-  Vec total[Rows][kDotKeys];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) total[i][j] = zero();
-  }
-  for (int x = 0; x < count; ++x) {
-    const Span& span = spans[x];
-    const float* q = span.query + row * span.query_step;
-    const float* k[kDotKeys];
-    for (int j = 0; j < kDotKeys; ++j) k[j] = span.key + keys[j] * span.key_step;
-    Vec query[Rows];
-    Index d = 0;
-    for (; d + Vec::width <= span.depth; d += Vec::width) {
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) query[i] = load(q + i * span.query_step + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < kDotKeys; ++j) dot_step<Rows>(total, query, load(k[j] + d), j);
-    }
-    if (d < span.depth) {
-      const Index left = span.depth - d;
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) query[i] = load_first(q + i * span.query_step + d, left);
-#pragma GCC unroll 4
-      for (int j = 0; j < kDotKeys; ++j) dot_step<Rows>(total, query, load_first(k[j] + d, left), j);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) store_sums(s + (row + i) * step, total[i][0], total[i][1], total[i][2], total[i][3]);
-}
-
-template <int Rows>
-inline void dot_rows(Index left, const Span* spans, int count, Index row, const Index (&keys)[kDotKeys], float* s,
-                     Index step) {
-  if constexpr (Rows > 1) {
-    if (left < Rows) return dot_rows<Rows - 1>(left, spans, count, row, keys, s, step);
-  }
-  dot_tile<Rows>(spans, count, row, keys, s, step);
-}
-
-// s[row][key] = the sum of all spans' products. Writes up to three columns past the last key.
-inline void dots(const Span* spans, int count, Index rows, Index keys, float* s, Index step, Ahead& ahead) {
-  const Index work = kDotRows * kDotKeys * depth_of(spans, count) / Vec::width;
-  for (Index near = 0; near < keys; near += kNearKeys) {
-    const Index end = least(near + kNearKeys, keys);
-    for (Index row = 0; row < rows; row += kDotRows) {
-      for (Index key = near; key < end; key += kDotKeys) {
-        // Past the last key the last one is taken again: its results are never read.
-        const Index last = keys - 1;
-        const Index four[kDotKeys] = {key, least(key + 1, last), least(key + 2, last), least(key + 3, last)};
-        ahead.run(work);
-        dot_rows<static_cast<int>(kDotRows)>(rows - row, spans, count, row, four, s + key, step);
-      }
-    }
-  }
-}
 
 // The left operand of sums: element (row, d) at data[row * row_step + d * depth_step].
 struct Left {
@@ -123,6 +36,13 @@ struct Term {
   Index b_step;
   Index depth;
 };
+
+template <class T>
+inline Index depth_of(const Term<T>* terms, int count) {
+  Index depth = 0;
+  for (int i = 0; i < count; ++i) depth += terms[i].depth;
+  return depth;
+}
 
 template <int Rows, int Columns, bool Whole, class T>
 MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes) {
@@ -260,16 +180,37 @@ inline void transpose(const float* x, Index rows, Index columns, Index step, flo
   }
 }
 
-// Whether so many rows fill three quarters of the lanes that they would lie across: with fewer, dots are as fast.
+// Whether so many rows fill three quarters of the lanes that they would lie across: with fewer, keys are laid across.
 inline bool fills_lanes(Index rows) { return 3 * whole_vectors(rows) <= 4 * rows; }
 
-// Queries laid across that meet at a time, and the depth of them that stays in a first-level cache while all keys pass.
-constexpr Index kAcrossRows = 3 * Vec::width;
+// The depth of what lies across that stays in a first-level cache while all of the other side passes.
 constexpr Index kAcrossDepth = 128;
+// Queries laid across that meet at a time.
+constexpr Index kAcrossRows = 3 * Vec::width;
 
-// As dots, of queries laid across: a span's query is [depth][query_step], written up to whole vectors. At most kChunk
-// keys. Writes s up to whole vectors past the last key.
-inline void dots_across(const Span* spans, int count, Index rows, Index keys, float* s, Index step, Ahead& ahead) {
+// Rows of matrices that have a chunk's rows in the lanes.
+constexpr Index kKeyStep = kChunk + kPad;
+
+// s[row][key] += x[row] . key[key], of keys laid across [depth][kKeyStep].
+inline void meet_keys(const float* x, Index rows, Index x_step, const float* across, Index depth, Index keys, float* s,
+                      Ahead& ahead) {
+  for (Index d = 0; d < depth; d += kAcrossDepth) {
+    sums(rows, keys, least(kAcrossDepth, depth - d), Left{x + d, x_step, 1}, across + d * kKeyStep, kKeyStep, s,
+         kKeyStep, ahead);
+  }
+}
+
+// Keys [keys][key_step], and queries laid across them: [depth][query_step], written up to whole vectors.
+struct Span {
+  const float* query;
+  Index query_step;
+  const float* key;
+  Index key_step;
+  Index depth;
+};
+
+// s[row][key] = the sum of all spans' products, of at most kChunk keys. Writes s up to whole vectors past the last key.
+inline void meet_queries(const Span* spans, int count, Index rows, Index keys, float* s, Ahead& ahead) {
   alignas(64) float met[kChunk * kAcrossRows];
   for (Index row = 0; row < rows; row += kAcrossRows) {
     const Index some = least(kAcrossRows, rows - row), lanes = whole_vectors(some);
@@ -281,7 +222,7 @@ inline void dots_across(const Span* spans, int count, Index rows, Index keys, fl
              query_step, met, lanes, ahead);
       }
     }
-    transpose(met, keys, some, lanes, s + row * step, step);
+    transpose(met, keys, some, lanes, s + row * kKeyStep, kKeyStep);
   }
 }
 

@@ -12,8 +12,7 @@ struct Vec {
   __m256 x;
 };
 
-// Of 16 registers: 3 x 4 accumulators, 3 queries, 1 key; and 6 x 2 accumulators, 2 columns, 1 weight.
-constexpr Index kDotRows = 3;
+// Of 16 registers: 6 x 2 accumulators, 2 columns, 1 weight.
 constexpr Index kSumRows = 6;
 constexpr Index kSumColumns = 2;
 
@@ -91,12 +90,6 @@ inline float largest(Vec a) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
-
-// Sums of four vectors, to out[0..3].
-inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.x, b.x), _mm256_hadd_ps(c.x, d.x));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
 // x[row][lane], rows and lanes exchanged.

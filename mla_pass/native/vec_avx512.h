@@ -12,8 +12,7 @@ struct Vec {
   __m512 x;
 };
 
-// Of 32 registers: 6 x 4 accumulators, 6 queries, 1 key; and 8 x 3 accumulators, 3 columns, 1 weight.
-constexpr Index kDotRows = 6;
+// Of 32 registers: 8 x 3 accumulators, 3 columns, 1 weight.
 constexpr Index kSumRows = 8;
 constexpr Index kSumColumns = 3;
 
@@ -76,16 +75,6 @@ inline Vec power_of_two(Vec n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), 
 
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.x); }
-
-inline __m256 halves(Vec a) {
-  return _mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_extractf32x8_ps(a.x, 1));
-}
-
-// Sums of four vectors, to out[0..3].
-inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-}
 
 // x[row][lane], rows and lanes exchanged.
 inline void transpose(Vec (&x)[16]) {

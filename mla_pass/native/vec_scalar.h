@@ -13,8 +13,7 @@ struct Vec {
   Float4 x;
 };
 
-// Tiles of the two products, in accumulators: 3 x 4 and 4 x 2 of 16 registers (32 on AArch64).
-constexpr Index kDotRows = 3;
+// Of 16 registers (32 on AArch64): 4 x 2 accumulators, 2 columns, 1 weight.
 constexpr Index kSumRows = 4;
 constexpr Index kSumColumns = 2;
 
@@ -114,14 +113,6 @@ inline float sum(Vec a) { return (a.x[0] + a.x[2]) + (a.x[1] + a.x[3]); }
 inline float largest(Vec a) {
   const float x = a.x[0] > a.x[1] ? a.x[0] : a.x[1], y = a.x[2] > a.x[3] ? a.x[2] : a.x[3];
   return x > y ? x : y;
-}
-
-// Sums of four vectors, to out[0..3].
-inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
-  out[0] = sum(a);
-  out[1] = sum(b);
-  out[2] = sum(c);
-  out[3] = sum(d);
 }
 
 // x[row][lane], rows and lanes exchanged.
