@@ -3,11 +3,10 @@
 namespace mla_pass {
 namespace {
 
-// What measurement adds to the counts, in multiply-adds. A decoded number is laid across, and turned: so much for each.
-constexpr double kDecoded = 1.4;
-// A number of a block's latent queries is handed down, read and written twice.
-constexpr double kMade = 16;
-// Keys of blocks shorter than a vector meet their queries row by row, and sums across lanes are half of that.
+// What measurement adds to the counts, in multiply-adds. A number of a block's latent queries is handed down, read and
+// written twice, and its pairs are turned.
+constexpr double kMade = 24;
+// Keys of blocks shorter than a vector leave half of its lanes empty.
 constexpr Index kShort = 16;
 constexpr double kShortRuns = 2;
 
@@ -16,7 +15,7 @@ constexpr double kShortRuns = 2;
 double cost(const Level* levels, const Sizes& size, double rows, double groups, Index first) {
   const double k = static_cast<double>(size.key_rank);
   const double decoded = first > 0 ? static_cast<double>(levels[first - 1].end) : 0;
-  const double fine = 2 * decoded * (kDecoded * groups * k + rows);
+  const double fine = 2 * decoded * (groups * k + rows);
   if (first == size.levels) return fine + rows * k;
   const double orders = static_cast<double>(size.orders);
   const double runs = levels[first].block < kShort ? kShortRuns : 1;

@@ -93,12 +93,12 @@ inline void sum_rows(Index left, const Term<T>* terms, int count, Index row, Ind
 template <int Columns, bool Whole, class T>
 inline void sum_strip(Index rows, const Term<T>* terms, int count, Index col, float* c, Index c_step, Index lanes,
                       Ahead& ahead) {
-  const Index tiles = (rows + kSumRows - 1) / kSumRows, depth = depth_of(terms, count);
+  constexpr int kRows = static_cast<int>(Columns > kSumColumns ? kSumRows * kSumColumns / Columns : kSumRows);
+  const Index tiles = (rows + kRows - 1) / kRows, depth = depth_of(terms, count);
   for (Index tile = 0; tile < tiles; ++tile) {
     const Index row = rows * tile / tiles, height = rows * (tile + 1) / tiles - row;
     ahead.run(height * Columns * depth);
-    sum_rows<static_cast<int>(kSumRows), Columns, Whole>(height, terms, count, row, col, c + row * c_step + col, c_step,
-                                                         lanes);
+    sum_rows<kRows, Columns, Whole>(height, terms, count, row, col, c + row * c_step + col, c_step, lanes);
   }
 }
 
@@ -108,9 +108,16 @@ inline void sums(Index rows, Index columns, const Term<T>* terms, int count, flo
   constexpr Index width = Vec::width;
   Index at = 0;
   if constexpr (kSumColumns > 2) {
-    // Not where one vector would be left: two strips of two keep the units busier than three and one.
-    for (; at + 3 * width <= columns && columns / width - at / width != 4; at += 3 * width) {
-      sum_strip<3, true>(rows, terms, count, at, c, c_step, width, ahead);
+    // Four where three would leave one: a vector alone keeps the units half busy.
+    const Index vectors = columns / width;
+    for (Index left = vectors; left > 2; left = vectors - at / width) {
+      if (left == 4) {
+        sum_strip<4, true>(rows, terms, count, at, c, c_step, width, ahead);
+        at += 4 * width;
+      } else {
+        sum_strip<3, true>(rows, terms, count, at, c, c_step, width, ahead);
+        at += 3 * width;
+      }
     }
   }
   for (; at + 2 * width <= columns; at += 2 * width) {
