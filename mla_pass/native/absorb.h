@@ -15,26 +15,12 @@
 
 namespace mla_pass::MLA_PASS_ISA {
 
-// Calls work(key, keys) for the run of rows of every finest block within [begin, end), its queries made.
-template <class T, class Work>
-inline void for_blocks(BandQueries<T>& bands, Index begin, Index end, const Work& work) {
-  for (Index key = begin; key < end;) {
-    const Index reach = bands.reach(key, end);
-    bands.enter(key, reach);
-    while (key < reach) {
-      const Index stop = least(reach, (key / bands.block() + 1) * bands.block());
-      work(key, stop - key);
-      key = stop;
-    }
-  }
-}
-
 #if defined(MLA_PASS_MATRIX_UNIT)
 
 // Scores of a chunk's latents, on the matrix unit: s [rows][kKeyStep].
 template <class T>
 inline void meet_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, BandQueries<T>& bands,
-                       const Tiles<T>& tiles, const Terms& still, Index first, Index keys,
+                       const Tiles<T>& tiles, const Terms& still, Index first, Index keys, Index limit,
                        const AbsorbScratch& scratch) {
   const Sizes& size = p.size;
   const Index rows = rows_of(tile);
@@ -44,7 +30,7 @@ inline void meet_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& 
     return;
   }
   const float* rope = tiles.rope() ? queries.dims + size.nope_dim : nullptr;
-  for_blocks(bands, first, first + keys, [&](Index key, Index count) {
+  bands.for_blocks(first, first + keys, limit, [&](Index key, Index count) {
     float* s = scratch.scores + key - first;
     const Terms query = tiles.left(bands.query(0, key), rows, bands.step(), rope, queries.width, scratch.tiles.left);
     tiles.products(query, rows, key - first, count, s, kKeyStep);
@@ -74,7 +60,7 @@ void absorb_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queri
   for (Index first = begin; first < end; first += kChunk) {
     const Index keys = least(kChunk, end - first), at = tile.batch * size.capacity + first;
     tiles.read(at, keys);
-    meet_tiles(p, tile, queries, bands, tiles, still, first, keys, scratch);
+    meet_tiles(p, tile, queries, bands, tiles, still, first, keys, end, scratch);
     if (fine.rows() > 0) {
       tiles.products(up, fine.rows(), 0, keys, scratch.fine_keys, kKeyStep);
       fine.meet_decoded(first, keys, scratch.scores);
@@ -95,12 +81,12 @@ void absorb_tiles(const Problem<T>& p, const Tile& tile, const Queries<T>& queri
 
 #endif
 
-// Products with a chunk of `keys` rows from `first` on that is laid across.
+// Products with a chunk of `keys` rows from `first` on that is laid across; rows end at `limit`.
 template <class T>
 inline void meet_chunk(const Problem<T>& p, const Queries<T>& queries, BandQueries<T>& bands, Index rows, Index first,
-                       Index keys, const AcrossChunk& chunk, const AbsorbScratch& scratch, Ahead& ahead) {
+                       Index keys, Index limit, const AcrossChunk& chunk, const AbsorbScratch& scratch, Ahead& ahead) {
   if (!bands.turning()) return meet_still(p, queries, rows, chunk, keys, scratch.scores, ahead);
-  for_blocks(bands, first, first + keys, [&](Index key, Index count) {
+  bands.for_blocks(first, first + keys, limit, [&](Index key, Index count) {
     meet_block(p, queries, bands, rows, key, count, from(chunk, key - first), scratch.slopes,
                scratch.scores + key - first, ahead);
   });
@@ -127,7 +113,7 @@ void absorb(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, In
       across.meet(keys, chunk, scratch.scores, ahead);
     } else {
       const AcrossChunk laid = lay_across(size, chunk, keys, scratch.keys);
-      meet_chunk(p, queries, bands, rows, first, keys, laid, scratch, ahead);
+      meet_chunk(p, queries, bands, rows, first, keys, end, laid, scratch, ahead);
       fine.meet(first, keys, laid.latent, scratch.scores, ahead);
     }
     const Scoring<T> how = {size.scale, size.softcap, first, keys, hidden_keys(p, tile, first, keys)};

@@ -348,8 +348,8 @@ void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s
   const Index first = size.finest;
   if (first == size.levels) return;
   const Index query = size.orders * rows * padded(size.key_rank), finest = p.level[first].block;
-  s.blocks = std::clamp<Index>(kBandFloats / query, 1, std::min(kPad, ceil_div(kChunk, finest)));
-  const Index reach = std::min(kChunk, s.blocks * finest);
+  s.blocks = std::clamp<Index>(kBandFloats / query, 1, kPad);
+  const Index reach = s.blocks * finest;
   Index most = 0;
   for (Index level = first; level < size.levels; ++level) {
     const Level& band = p.level[level];

@@ -20,23 +20,17 @@ class BandQueries {
     for (Index level = 0; level < size_.levels; ++level) blocks_[level] = {-1, 0};
   }
 
-  // End of the rows from `begin` whose blocks can be made at a time, at most `end`.
-  Index reach(Index begin, Index end) const { return least(end, (begin / block() + scratch_.blocks) * block()); }
-
-  // Make the queries of all blocks that hold rows [begin, end), which are within reach.
-  void enter(Index begin, Index end) {
-    bool stale = false;
-    for (Index level = size_.levels - 1; level >= finest_; --level) {
-      const Index block = p_.level[level].block;
-      const Blocks now = {begin / block, (end - 1) / block - begin / block + 1};
-      stale = stale || now.first != blocks_[level].first || now.count != blocks_[level].count;
-      if (!stale) continue;
-      blocks_[level] = now;
-      inherit(level);
-      add_pairs(level);
+  // Calls work(row, rows) for the run of rows of every finest block within [begin, end), its queries made. Rows are
+  // asked for in order and in one piece, and none from `limit` on.
+  template <class Work>
+  void for_blocks(Index begin, Index end, Index limit, const Work& work) {
+    while (begin < end) {
+      if (begin >= made_) enter(begin, least(limit, (begin / block() + scratch_.blocks) * block()));
+      const Index stop = least(end, (begin / block() + 1) * block());
+      work(begin, stop - begin);
+      begin = stop;
     }
   }
-
   // Whether there is any level here.
   bool turning() const { return finest_ < size_.levels; }
   // Rows of a finest block.
@@ -62,6 +56,21 @@ class BandQueries {
   }
   float* mean_at(Index level, Index order, Index row) const {
     return scratch_.mean[level] + (order * rows_ + row) * kPad;
+  }
+
+  // Make the queries of all blocks that hold rows [begin, end), `blocks` of the finest level at most.
+  void enter(Index begin, Index end) {
+    made_ = end;
+    bool stale = false;
+    for (Index level = size_.levels - 1; level >= finest_; --level) {
+      const Index block = p_.level[level].block;
+      const Blocks now = {begin / block, (end - 1) / block - begin / block + 1};
+      stale = stale || now.first != blocks_[level].first || now.count != blocks_[level].count;
+      if (!stale) continue;
+      blocks_[level] = now;
+      inherit(level);
+      add_pairs(level);
+    }
   }
 
   // What the coarser level, or all that stands still, gives to each block.
@@ -193,6 +202,7 @@ class BandQueries {
   const AbsorbScratch& scratch_;
   const Index rows_;
   const Index finest_;  // level
+  Index made_ = 0;  // the end of the rows whose blocks' queries are at hand
   Blocks blocks_[kMaxLevels];
 };
 
