@@ -38,8 +38,8 @@ class Ahead {
  private:
   static constexpr Index kLine = 64;
   // Multiply-adds a line. More lines at a time flood the few that a core can wait for, and processors go on by
-  // themselves along rows that they see being read: measured at 9 and at 32 heads, 96 to 192 are best.
-  static constexpr Index kWork = 192;
+  // themselves along rows that they see being read: measured at 9 and at 32 heads, 48 to 96 are best.
+  static constexpr Index kWork = 64;
 
   const char* next_[2] = {nullptr, nullptr};
   const char* end_[2] = {nullptr, nullptr};

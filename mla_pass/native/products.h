@@ -37,15 +37,12 @@ struct Term {
   Index depth;
 };
 
-template <class T>
-inline Index depth_of(const Term<T>* terms, int count) {
-  Index depth = 0;
-  for (int i = 0; i < count; ++i) depth += terms[i].depth;
-  return depth;
-}
+// The depth of a tile between two looks ahead.
+constexpr Index kAheadDepth = 32;
 
 template <int Rows, int Columns, bool Whole, class T>
-MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes) {
+MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes,
+                            Ahead& ahead) {
   Vec total[Rows][Columns];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
@@ -55,21 +52,25 @@ MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index co
   for (int term = 0; term < count; ++term) {
     const auto& [left, b, b_step, depth] = terms[term];
     const float* a = left.data + row * left.row_step;
-    for (Index d = 0; d < depth; ++d) {
-      Vec column[Columns];
+    for (Index d = 0; d < depth;) {
+      const Index stop = least(d + kAheadDepth, depth);
+      ahead.run(Rows * Columns * (stop - d));
+      for (; d < stop; ++d) {
+        Vec column[Columns];
 #pragma GCC unroll 4
-      for (int j = 0; j < Columns; ++j) {
-        if constexpr (Whole) {
-          column[j] = load(b + d * b_step + col + j * Vec::width);
-        } else {
-          column[j] = load_first(b + d * b_step + col, lanes);
+        for (int j = 0; j < Columns; ++j) {
+          if constexpr (Whole) {
+            column[j] = load(b + d * b_step + col + j * Vec::width);
+          } else {
+            column[j] = load_first(b + d * b_step + col, lanes);
+          }
         }
-      }
 #pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) {
-        const Vec weight = splat(a[i * left.row_step + d * left.depth_step]);
+        for (int i = 0; i < Rows; ++i) {
+          const Vec weight = splat(a[i * left.row_step + d * left.depth_step]);
 #pragma GCC unroll 4
-        for (int j = 0; j < Columns; ++j) total[i][j] = fma(weight, column[j], total[i][j]);
+          for (int j = 0; j < Columns; ++j) total[i][j] = fma(weight, column[j], total[i][j]);
+        }
       }
     }
   }
@@ -82,11 +83,11 @@ MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index co
 
 template <int Rows, int Columns, bool Whole, class T>
 inline void sum_rows(Index left, const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step,
-                     Index lanes) {
+                     Index lanes, Ahead& ahead) {
   if constexpr (Rows > 1) {
-    if (left < Rows) return sum_rows<Rows - 1, Columns, Whole>(left, terms, count, row, col, c, c_step, lanes);
+    if (left < Rows) return sum_rows<Rows - 1, Columns, Whole>(left, terms, count, row, col, c, c_step, lanes, ahead);
   }
-  sum_tile<Rows, Columns, Whole>(terms, count, row, col, c, c_step, lanes);
+  sum_tile<Rows, Columns, Whole>(terms, count, row, col, c, c_step, lanes, ahead);
 }
 
 // One strip of columns, rows in tiles of nearly equal height: a last tile of one row would wait for its own sums.
@@ -94,11 +95,10 @@ template <int Columns, bool Whole, class T>
 inline void sum_strip(Index rows, const Term<T>* terms, int count, Index col, float* c, Index c_step, Index lanes,
                       Ahead& ahead) {
   constexpr int kRows = static_cast<int>(Columns > kSumColumns ? kSumRows * kSumColumns / Columns : kSumRows);
-  const Index tiles = (rows + kRows - 1) / kRows, depth = depth_of(terms, count);
+  const Index tiles = (rows + kRows - 1) / kRows;
   for (Index tile = 0; tile < tiles; ++tile) {
     const Index row = rows * tile / tiles, height = rows * (tile + 1) / tiles - row;
-    ahead.run(height * Columns * depth);
-    sum_rows<kRows, Columns, Whole>(height, terms, count, row, col, c + row * c_step + col, c_step, lanes);
+    sum_rows<kRows, Columns, Whole>(height, terms, count, row, col, c + row * c_step + col, c_step, lanes, ahead);
   }
 }
 
