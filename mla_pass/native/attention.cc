@@ -27,8 +27,8 @@ constexpr Index kMacroRows = 2048;
 constexpr Index kLeastMacroRows = 256;
 // Fewer keys are not worth a part of their own: it starts every level of bands anew and adds a term to the join.
 constexpr Index kLeastKeys = 256;
-// Numbers of latent queries that are made ahead, 128 KB.
-constexpr Index kBandFloats = 32768;
+// Numbers of latent queries of blocks that are made at a time, 512 KB: a second-level cache.
+constexpr Index kBandFloats = 131072;
 
 Index padded(Index count) { return (count + kPad - 1) / kPad * kPad; }
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }

@@ -1,7 +1,7 @@
 // Pairs whose blocks are too short to make latent queries for each (levels.h): their keys are decoded and turned.
 //
-// Counted per cached row in multiply-adds: 2 k for each pair and kv group, and then 2 for each head. Keys lie with cached rows in the lanes, [dim][row], so that neither turning them nor meeting
-// them with queries sums across lanes.
+// Counted per cached row in multiply-adds: 2 k for each pair and kv group, and then 2 for each head. Keys lie with
+// cached rows in the lanes, [dim][row], so that neither turning them nor meeting them with queries sums across lanes.
 #pragma once
 
 #include "prepare.h"

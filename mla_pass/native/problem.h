@@ -63,8 +63,8 @@ struct Level {
 constexpr Index kMaxLevels = 16;
 // Floats in the widest vector; rows of scratch matrices are padded to it, so that whole vectors can be stored.
 constexpr Index kPad = 16;
-// Cached rows that are scored, weighed and summed at a time: at r + p = 576 they are 147 KB in float32, which stays in
-// a second-level cache between its two readings. A multiple of kPad.
+// Cached rows that are scored, weighed and summed at a time: at r + p = 576 they are 147 KB in float32, which stay in
+// a second-level cache between their two readings, beside what is laid across of them. A multiple of kPad.
 constexpr Index kChunk = 64;
 // A matrix unit's tile: rows, which are dwords of a row, too; and bfloat16 numbers of a row.
 constexpr Index kTileSide = 16;
