@@ -18,9 +18,9 @@ With k = key_rank, v = value_rank, p = rope_dim, and `orders` 1 or 2 (does any b
               2*m*k + 4*m            their keys, and one complex product each, for every row and group
               2*m                    the product with the query
 
-Rows are taken to fill their blocks: short caches pay up to one block of each level more. Kernels may decode the pairs of
-longer blocks, too, where that takes more multiply-adds and less time (mla_pass/native/levels.cc); what they compute is the
-same.
+Rows are taken to fill their blocks: short caches pay up to one block of each level more. Kernels may decode the pairs
+of longer blocks, too, where that takes more multiply-adds and less time (mla_pass/native/levels.cc); what they compute
+is the same.
 """
 
 from __future__ import annotations
