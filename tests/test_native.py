@@ -46,12 +46,24 @@ def test_reference_body_and_kernels_agree(case: Case) -> None:
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("new", [1, 5, 60])
 def test_bands_of_three_levels(isa: str, dtype: str, new: int) -> None:
-    # Long enough that blocks of every level end within the cache, and within a chunk of the kernel's.
+    # Long enough that blocks of every level end within the cache, and within a chunk of the kernel's. The last level's
+    # alone are absorbed.
     case = Case(past=700, new=new, blocks=(4, 4, 4, 16, 16, 256), dtype=dtype, rank=48, key_rank=40, value_offset=6)
     drawn = Drawn(case)
     model, feeds = drawn.model(), drawn.feeds()
     for form in FORMS:
         check(drawn, run_session(open_model(model, isa=isa, form=form), feeds), ROUNDING[dtype] + FLOAT32_ERROR)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("new", [1, 5])
+def test_queries_of_many_blocks(isa: str, new: int) -> None:
+    # Enough pairs a level that all are absorbed, and more blocks than queries are made for at a time.
+    bands = (*(16,) * 6, *(64,) * 6, 256, 256)
+    drawn = Drawn(Case(past=1500, new=new, blocks=bands, per_group=1, rank=48, key_rank=40, padding=False))
+    context, *_ = run_session(open_model(drawn.model(), isa=isa, form="absorbed"), drawn.feeds())
+    want = drawn.want(drawn.cache())
+    np.testing.assert_allclose(context, want, rtol=0, atol=FLOAT32_ERROR * np.abs(want).max())
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

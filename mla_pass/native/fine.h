@@ -16,7 +16,7 @@ class FinePairs {
       : p_(p), size_(p.size), tile_(tile), scratch_(scratch), pairs_(p.size.decoded), width_(queries.key_width) {
     if (pairs_ == 0) return;
     for_groups(size_, tile_, [&](const GroupRun& run) { read_up(run.group, groups_++); });
-    for (Index& keys : known_) keys = 0;
+    for (Index& phase : phase_) phase = -1;
     turn_queries(queries);
   }
 
@@ -82,16 +82,16 @@ class FinePairs {
     }
   }
 
-  // What pairs of a level are turned by within a chunk: it depends on where its first block begins.
+  // What pairs of a level are turned by within a chunk: it depends on where its first block begins. No chunk has more
+  // rows than the first.
   void know(Index level, Index first, Index keys) {
     const Level& band = p_.level[level];
     const Index phase = first % band.block;
-    if (known_[level] >= keys && phase_[level] == phase) return;
+    if (phase_[level] == phase) return;
     for (Index i = band.begin; i < band.end; ++i) {
       fill(turn(i), 2 * kKeyStep, 0.0f);
       make_turn(p_, i, band.block, first, first, keys, turn(i), turn(i) + kKeyStep);
     }
-    known_[level] = keys;
     phase_[level] = phase;
   }
 
@@ -112,7 +112,7 @@ class FinePairs {
   const AbsorbScratch& scratch_;
   const Index pairs_, width_;
   Index groups_ = 0;
-  Index known_[kMaxLevels], phase_[kMaxLevels];  // of a level's turns: for how many rows, and from where in a block
+  Index phase_[kMaxLevels];  // where in a block the chunk began whose turns of a level are at hand
 };
 
 }  // namespace mla_pass::MLA_PASS_ISA
