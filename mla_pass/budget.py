@@ -155,7 +155,9 @@ def rope_dims_to_try(geometry: Geometry, config: MlaConfig, tile: int = 1) -> li
     step = max(8 if geometry.width >= WIDE else 2, tile)
     count = CANDIDATES if geometry.width <= VERY_WIDE else CANDIDATES_WIDE
     spread = np.unique(np.round(np.geomspace(step, max(full // 2, step), count) / step).astype(int) * step)
-    return [*(int(rope) for rope in spread if 2 <= rope < full), full]
+    # Where block rotation turns all pairs a single component may be all that is worth its place in every row.
+    few = [rope for rope in (2, 4) if rope < step and rope % tile == 0]
+    return [*few, *(int(rope) for rope in spread if 2 <= rope < full), full]
 
 
 def hull(curve: Curve) -> list[int]:
