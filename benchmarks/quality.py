@@ -60,7 +60,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "block 16": {"finest_block": 16, "block_order": 1, "attention_flops": 8.0},
     "block 64": {"finest_block": 64},
     "block 256": {"finest_block": 256},
-    "rope 2": {"rope_dims": 2},
+    "rope 8": {"rope_dims": 8},
     "no rotation": {"rope_mode": "extend"},
     "mix 0": {"metric_mix": 0.0},
     "mix 1": {"metric_mix": 1.0},

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from mla_pass import MlaConfig, MlaPassError
-from mla_pass.budget import Curve, choose_splits, hull, layer_curve, pour
-from mla_pass.fold import Recipe, fold, predicted_loss, prepare
+from mla_pass.budget import Curve, choose_splits, hull, layer_curve, pour, rope_dims_to_try
+from mla_pass.fold import Geometry, Recipe, fold, predicted_loss, prepare
 from mla_pass.fold.arithmetic import attention_flops, plain_flops
 from mla_pass.onnx.choose import recipes
+from mla_pass.site import Rope
 from mla_pass.storage import RowFormat, row_format
 from tests.test_fold import ROPES, Case
 
@@ -180,3 +181,9 @@ def test_halves_are_of_one_type_and_shape() -> None:
         MlaConfig(layout="genai", cache_dtype="int8", rope_dtype="float16")
     with pytest.raises(MlaPassError, match="rank must be even; got 15"):
         MlaConfig(layout="genai", rank=15)
+
+
+def test_wide_rows_may_keep_few_rotated_numbers() -> None:
+    geometry = Geometry(3, 3, 64, 64, Rope(np.ones(32), 64, False, 1.0, None))
+    assert rope_dims_to_try(geometry, MlaConfig())[:3] == [2, 4, 8]
+    assert all(rope % 16 == 0 for rope in rope_dims_to_try(geometry, MlaConfig(), tile=16))

@@ -2,7 +2,7 @@
 //
 // Between two steps of a decoder all other layers pass, so a cache comes from memory, at a few bytes a cycle and core.
 // Left to the processor that happens in bursts, when a chunk is first read, and the units wait. Here lines are asked for
-// a few at a time, between the tiles of the products, in the measure of their work.
+// a few at a time, within the tiles of the products, in the measure of their work.
 #pragma once
 
 #include "problem.h"

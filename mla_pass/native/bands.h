@@ -2,9 +2,8 @@
 //
 // A level's queries are those of the coarser levels, moved to the first rows of its own blocks, plus its own pairs',
 // turned to there and pulled through key_up; the finest level's meet the cache. Pairs of the shortest blocks are
-// none of these (see fine.h). Several neighbouring blocks are made at
-// a time: they share key_up, so that heads times blocks are the rows of one product, and block numbers are what fills
-// the lanes of a vector where pairs are turned.
+// none of these (see fine.h). Several neighbouring blocks are made at a time: they share key_up, so that heads times
+// blocks are the rows of one product, and block numbers are what fills the lanes of a vector where pairs are turned.
 #pragma once
 
 #include "prepare.h"
@@ -31,6 +30,7 @@ class BandQueries {
       begin = stop;
     }
   }
+
   // Whether there is any level here.
   bool turning() const { return finest_ < size_.levels; }
   // Rows of a finest block.

@@ -6,7 +6,7 @@ namespace {
 // What measurement adds to the counts, in multiply-adds. A number of a block's latent queries is handed down, read and
 // written twice, and its pairs are turned.
 constexpr double kMade = 32;
-// Keys of blocks shorter than a vector leave half of its lanes empty.
+// Keys of blocks shorter than the widest vector leave half of its lanes empty.
 constexpr Index kShort = 16;
 constexpr double kShortRuns = 2;
 

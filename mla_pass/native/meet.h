@@ -25,8 +25,8 @@ inline void add_mean(Index rows, Index keys, const float* mean, Index mean_step,
 }
 
 // s [rows][kKeyStep] = x [rows][step] times the latents of `keys` rows that are laid across.
-inline void meet_latents(const Sizes& size, const float* x, Index rows, Index step, const AcrossChunk& chunk, Index keys,
-                         float* s, Ahead& ahead) {
+inline void meet_latents(const Sizes& size, const float* x, Index rows, Index step, const AcrossChunk& chunk,
+                         Index keys, float* s, Ahead& ahead) {
   for (Index row = 0; row < rows; ++row) fill(s + row * kKeyStep, keys, 0.0f);
   meet_keys(x, rows, step, chunk.latent, size.key_rank, keys, s, ahead);
 }

@@ -80,7 +80,7 @@ struct Sizes {
   Index value_dim;  // numbers a head of the context has: V, or w without value_up
   Index pairs, orders, levels;
   Index finest;   // level, the first whose pairs are absorbed in the absorbed form, or `levels` for none; see levels.h
-  Index decoded;  // pairs of the levels before it: their keys are decoded in either form
+  Index decoded;  // pairs of the levels before it: their keys are decoded there
   Index capacity;       // rows of the present tensors
   Index angles;         // columns of the cosine and sine tables
   Index bias_batch;     // elements between sequences of attention_bias, 0 where all share one
@@ -194,8 +194,8 @@ struct AbsorbScratch {
 
 // Room for one thread in the expanded form.
 struct ExpandScratch {
-  float* key_up;      // [n][key_width] of one group
-  float* latents;     // [key_rank][kChunk + kPad]: a chunk laid across
+  float* key_up;   // [n][key_width] of one group
+  float* latents;  // [key_rank][kChunk + kPad]: a chunk laid across
   ChunkScratch chunk;
   float* keys;    // [n + p][kChunk + kPad]: decoded, turned, with the rope part behind them
   float* values;  // [kChunk][value_width]

@@ -5,8 +5,9 @@
 
 namespace mla_pass::MLA_PASS_ISA {
 
-// What pair `pair` of keys [first, first + count) is multiplied with, up to an angle of `origin` rows: exp(j theta (block's
-// first row - origin)) (A0 + A1 offset), in blocks of `block` rows. The angle's table is read at the distance.
+// What pair `pair` of keys [first, first + count) is multiplied with, up to an angle of `origin` rows:
+// exp(j theta (block's first row - origin)) (A0 + A1 offset), in blocks of `block` rows. The angle's table is read at
+// the distance.
 template <class T>
 inline void make_turn(const Problem<T>& p, Index pair, Index block, Index first, Index origin, Index count, float* re,
                       float* im) {
