@@ -57,7 +57,7 @@ def test_bands_of_three_levels(isa: str, dtype: str, new: int) -> None:
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_queries_of_many_blocks(isa: str) -> None:
-    # So few queries and so many pairs a level that all are absorbed, and more blocks than queries are made for at a time.
+    # So few queries and so many pairs a level that all are absorbed, and more blocks than are made at a time.
     bands = (*(16,) * 6, *(64,) * 6, 256, 256)
     drawn = Drawn(Case(past=1500, blocks=bands, per_group=1, rank=48, key_rank=40, padding=False))
     context, *_ = run_session(open_model(drawn.model(), isa=isa, form="absorbed"), drawn.feeds())
