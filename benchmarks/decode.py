@@ -176,7 +176,8 @@ def compiled(name: str, *flags: str) -> ctypes.CDLL:
 def ceilings() -> ctypes.CDLL:
     """Compiled loops that tell multiply-adds a second in registers and bytes a second read from memory, one thread."""
     loaded = compiled("ceilings.cc")
-    loaded.multiply_adds.restype = loaded.bytes_read.restype = ctypes.c_double
+    for loop in (loaded.multiply_adds, loaded.pair_multiply_adds, loaded.bytes_read):
+        loop.restype = ctypes.c_double
     return loaded
 
 
@@ -230,7 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
     loops, hand = ceilings(), compiled("grouped.cc", "-ffast-math", "-fopenmp")
     isa = os.environ.get("MLA_PASS_ISA") or native.instruction_sets()[0]
     print(f"{platform.processor() or platform.machine()}, {isa}, onnxruntime {ort.__version__}")
-    print(f"one thread reads {loops.bytes_read() / 1e9:.1f} GB/s from memory\n")
+    print(f"one thread reads {loops.bytes_read() / 1e9:.1f} GB/s from memory")
+    pairs = loops.pair_multiply_adds() / loops.multiply_adds()
+    print(f"its bfloat16 pairs do {pairs:.2f} times the multiply-adds of float32's FMA\n" if pairs else "")
     print("| rows | threads | type | attention | ms | faster than GQA | GFLOP/s | of FMA ceiling | cache GB/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rows, threads, dtype in itertools.product(args.rows, args.threads, args.dtypes):

@@ -35,6 +35,10 @@ ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Of a stored row, which was rounded before it was rotated and is again.
 STORING = {name: 2 * error for name, error in ROUNDING.items()}
 FLOAT32_ERROR = 1e-5
+# Some instruction sets round all that meets narrow rows in the absorbed form: 2^-9 of each number, and a context may be
+# small beside what it is the mean of.
+NARROW = ("bfloat16", *CODED)
+ROUNDED_ERROR = {"avx512bf16": 2.0**-4}
 # The function body computes in the model's type throughout.
 BODY_ERROR = {"float32": 1e-4, "float16": 4e-2}
 INTEGERS = ("position_ids", "padding_mask", "total_length")
@@ -94,6 +98,17 @@ class Case:
         """The same, by name."""
         latent, rope = (self.dtype if x == "same" else x for x in (self.latent, self.rope))
         return latent, rope
+
+    @property
+    def narrow(self) -> bool:
+        """Whether all latents are stored in a type of `NARROW`."""
+        latent, rope = (stored in NARROW for stored in self.stored)
+        return (latent or self.split == 0) and (rope or self.split >= self.rank)
+
+    def kernel_error(self, isa: str) -> float:
+        """Of the context, relative to its largest number: one rounding of the result, and the arithmetic's."""
+        isa = isa or native.instruction_sets()[0]
+        return ROUNDING[self.dtype] + FLOAT32_ERROR + (ROUNDED_ERROR.get(isa, 0) if self.narrow else 0)
 
     @property
     def split(self) -> int:

@@ -71,7 +71,7 @@ class Node:
         return [self.context, self.feeds["past_latent"], self.feeds["past_rope"]]
 
     def check(self, layout: Layout | None = None, threads: int = 1) -> None:
-        check(self.drawn, self.call(layout, threads), ROUNDING[self.drawn.case.dtype] + FLOAT32_ERROR)
+        check(self.drawn, self.call(layout, threads), self.drawn.case.kernel_error(""))
 
 
 def same(outputs: list[np.ndarray], others: list[np.ndarray]) -> None:

@@ -362,19 +362,19 @@ void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s
   s.turn = carver.take<float>(size.orders * widest_level(p.level, size.levels) * 2 * kPad);
 }
 
-// Whether all latents are stored as what a matrix unit takes, and there are scores to make of them.
+// Whether all latents are stored as what is met in bfloat16, and there are scores to make of them.
 template <class T>
-bool takes_tiles(const Problem<T>& p) {
+bool in_bfloat(const Problem<T>& p) {
   const auto exact = [&](int part) { return p.part[part].as == Storage::bfloat16 || has_codes(p.part[part].as); };
   const Sizes& size = p.size;
   return size.nope_dim > 0 && (size.split == 0 || exact(0)) && (size.split >= size.rank || exact(1));
 }
 
 template <class T>
-TileScratch lay_tiles(const Problem<T>& p, Index rows, Index fine_rows, Carver& carver) {
+PackedScratch lay_packed(const Problem<T>& p, Index rows, Index fine_rows, Carver& carver) {
   const bool runs = has_codes(p.part[0].as) || has_codes(p.part[1].as);
   const Index columns = (ceil_div(p.size.rank + p.size.rope_dim, kTileDepth) + (runs ? kMostRuns : 3)) * kTileDepth;
-  TileScratch s{};
+  PackedScratch s{};
   s.rows = carver.take<std::uint16_t>(kChunk * columns);
   s.keys = carver.take<std::uint32_t>(columns / 2 * (kChunk + kTileSide));
   s.values = carver.take<std::uint32_t>(kChunk / 2 * columns);
@@ -382,16 +382,18 @@ TileScratch lay_tiles(const Problem<T>& p, Index rows, Index fine_rows, Carver& 
   s.left = carver.take<std::uint16_t>(2 * padded(rows) * columns);
   s.fine = carver.take<std::uint16_t>(2 * padded(fine_rows) * columns);
   s.weights = carver.take<std::uint16_t>(2 * padded(rows) * kChunk);
+  s.columns = columns;
   return s;
 }
 
 template <class T>
-AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, bool tiles, Carver& carver) {
+AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, Meeting narrow, Carver& carver) {
   const Sizes& size = p.size;
   AbsorbScratch s{};
   lay_bands(p, rows, carver, s);
   const Index dims = 2 * size.decoded, groups = std::min(size.groups, rows);  // of a tile: it has a row of each
-  if (tiles && takes_tiles(p)) s.tiles = lay_tiles(p, rows, groups * dims, carver);
+  const bool packs = narrow != Meeting::float32;
+  if (packs && in_bfloat(p)) s.packed = lay_packed(p, rows, groups * dims, carver);
   if (size.decoded > 0) {
     s.fine_up = carver.take<float>(groups * dims * padded(size.key_rank));
     s.fine_query = carver.take<float>(rows * dims);
@@ -399,7 +401,7 @@ AbsorbScratch lay_absorb(const Problem<T>& p, Index rows, bool tiles, Carver& ca
     s.fine_turn = carver.take<float>(dims * (kChunk + kPad));
   }
   s.scores = carver.take<float>(rows * (kChunk + kPad));
-  if (size.orders > 1 || tiles) s.slopes = carver.take<float>(rows * (kChunk + kPad));
+  if (size.orders > 1 || packs) s.slopes = carver.take<float>(rows * (kChunk + kPad));
   s.across = carver.take<float>((size.rope_dim + size.key_rank) * padded(rows));
   s.keys = carver.take<float>((size.rope_dim + size.key_rank) * (kChunk + kPad));
   s.chunk = lay_chunk(p, carver);
@@ -536,7 +538,7 @@ void run_absorbed_whole(const Problem<T>& p, const Isa& isa, const Tiling& tilin
   const auto lay = [&](Carver& carver) {
     Room room{};
     room.queries = lay_queries(p, rows, false, carver);
-    room.absorb = lay_absorb(p, rows, isa.tiles, carver);
+    room.absorb = lay_absorb(p, rows, isa.narrow, carver);
     room.partial = lay_partial(rows, value_width, carver);
     room.finish = lay_finish(p, rows, value_width, carver);
     return room;
@@ -583,7 +585,7 @@ void run_absorbed_parts(const Problem<T>& p, const Isa& isa, const Tiling& tilin
   const Shared shared = lay_shared(carver);
   parallel(threads, tiles,
            [&](Index i) { kernels.prepare(p, tiling.at(p.size, i), false, shared.queries[i]); });
-  const auto lay_own = [&](Carver& own) { return lay_absorb(p, rows, isa.tiles, own); };
+  const auto lay_own = [&](Carver& own) { return lay_absorb(p, rows, isa.narrow, own); };
   const std::size_t bytes = bytes_of(lay_own);
   parallel(threads, tiles * parts, [&](Index i) {
     const Lease room(bytes);

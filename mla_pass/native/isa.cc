@@ -18,6 +18,9 @@ extern const Isa isa_scalar;
 #if defined(MLA_PASS_X86)
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
+#if defined(MLA_PASS_AVX512BF16)
+extern const Isa isa_avx512bf16;
+#endif
 #if defined(MLA_PASS_AMX)
 extern const Isa isa_amx;
 #endif
@@ -50,6 +53,13 @@ std::vector<const Isa*> usable() {
   if (avx512 && amx_granted()) found.push_back(&isa_amx);
 #endif
   if (avx512) found.push_back(&isa_avx512);
+#if defined(MLA_PASS_AVX512BF16)
+  // A pair takes as long as a float32 number on AMD's processors (Zen 4: 117 to 59 G multiply-adds/s of a core), and
+  // four times as long on Intel's (Sapphire Rapids: 24 to 60), where it is there to be asked for.
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    found.insert(__builtin_cpu_is("amd") ? found.end() - 1 : found.end(), &isa_avx512bf16);
+  }
+#endif
   if (avx2) found.push_back(&isa_avx2);
 #endif
   found.push_back(&isa_scalar);

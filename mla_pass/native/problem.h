@@ -161,9 +161,9 @@ struct ChunkScratch {
   Index latent_step, rope_step;
 };
 
-// Room for a chunk's latents as operands of a matrix unit, see tiles.h; null where none is used. `columns` is at least
-// the latents' number, every run of them at one scale rounded up to whole tiles.
-struct TileScratch {
+// Room for a chunk's latents as operands in bfloat16, see packed.h; null where they are met in float32. `columns` is at
+// least a row's numbers, every run of them at one scale rounded up to whole tiles, and a tile's depth more.
+struct PackedScratch {
   std::uint16_t* rows;     // [kChunk][columns]
   std::uint32_t* keys;     // [columns / 2][kChunk + 16]
   std::uint32_t* values;   // [kChunk / 2][columns]
@@ -171,6 +171,7 @@ struct TileScratch {
   std::uint16_t* left;     // [2][rows, 16s][columns]
   std::uint16_t* fine;     // [2][rows of fine_up, 16s][columns]
   std::uint16_t* weights;  // [2][rows, 16s][kChunk]
+  Index columns;
 };
 
 // Room for one thread in the absorbed form.
@@ -189,7 +190,7 @@ struct AbsorbScratch {
   float* fine_keys;          // [groups of a tile][2 * decoded][kChunk + kPad]
   float* fine_turn;          // [decoded][2][kChunk + kPad]
   ChunkScratch chunk;
-  TileScratch tiles;
+  PackedScratch packed;
 };
 
 // Room for one thread in the expanded form.
@@ -227,9 +228,13 @@ struct Kernels {
   void (*expand)(const Problem<T>&, const Tile&, const Queries<T>&, const ExpandScratch&, const Partial&);
 };
 
+// What meets latents stored as bfloat16 or in 8 bits in the absorbed form: float32 numbers, float32 numbers as sums of
+// two of bfloat16, or everything rounded to bfloat16. Sums are float32.
+enum class Meeting { float32, two_terms, bfloat16 };
+
 struct Isa {
   const char* name;
-  bool tiles;  // a matrix unit meets latents stored as bfloat16 or in 8 bits
+  Meeting narrow;
   Kernels<float> f32;
   Kernels<Half> f16;
   Kernels<Bfloat> bf16;

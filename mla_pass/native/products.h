@@ -40,6 +40,12 @@ struct Term {
 // The depth of a tile between two looks ahead.
 constexpr Index kAheadDepth = 32;
 
+// sum + a b, lane by lane, where b was read of T and a lies in every lane.
+template <class T>
+inline Vec accumulate(Vec a, Vec b, Vec sum) {
+  return fma(a, b, sum);
+}
+
 template <int Rows, int Columns, bool Whole, class T>
 MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index col, float* c, Index c_step, Index lanes,
                             Ahead& ahead) {
@@ -69,7 +75,7 @@ MLA_PASS_TILE void sum_tile(const Term<T>* terms, int count, Index row, Index co
         for (int i = 0; i < Rows; ++i) {
           const Vec weight = splat(a[i * left.row_step + d * left.depth_step]);
 #pragma GCC unroll 4
-          for (int j = 0; j < Columns; ++j) total[i][j] = fma(weight, column[j], total[i][j]);
+          for (int j = 0; j < Columns; ++j) total[i][j] = accumulate<T>(weight, column[j], total[i][j]);
         }
       }
     }
@@ -199,7 +205,8 @@ constexpr Index kAcrossRows = 3 * Vec::width;
 constexpr Index kKeyStep = kChunk + kPad;
 
 // s[row][key] += x[row] . key[key], of keys laid across [depth][kKeyStep].
-inline void meet_keys(const float* x, Index rows, Index x_step, const float* across, Index depth, Index keys, float* s,
+template <class T>
+inline void meet_keys(const float* x, Index rows, Index x_step, const T* across, Index depth, Index keys, float* s,
                       Ahead& ahead) {
   for (Index d = 0; d < depth; d += kAcrossDepth) {
     sums(rows, keys, least(kAcrossDepth, depth - d), Left{x + d, x_step, 1}, across + d * kKeyStep, kKeyStep, s,

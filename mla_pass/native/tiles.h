@@ -62,7 +62,7 @@ inline void split(__m512 x, std::uint16_t* high, std::uint16_t* low) {
 template <class T>
 class Tiles {
  public:
-  Tiles(const Problem<T>& p, const TileScratch& scratch) : p_(p), size_(p.size), scratch_(scratch) {
+  Tiles(const Problem<T>& p, const PackedScratch& scratch) : p_(p), size_(p.size), scratch_(scratch) {
     lay_part(0, 0, size_.split);
     lay_part(1, size_.split, size_.rank + size_.rope_dim);
   }
@@ -101,8 +101,9 @@ class Tiles {
     return terms;
   }
 
+  // Rows that come next are not asked for here: tiles leave a core's loads idle, and what helps them was not measured.
   // s[row][key] = x[row] . latent[key] for keys [key, key + keys) of the chunk; columns up to whole tiles are written.
-  void products(const Terms& x, Index rows, Index key, Index keys, float* s, Index step) const {
+  void products(const Terms& x, Index rows, Index key, Index keys, float* s, Index step, Ahead&) const {
     for (Index row = 0; row < rows; row += kTileSide) {
       const Index height = least(kTileSide, rows - row);
       float* to = s + row * step;
@@ -113,7 +114,7 @@ class Tiles {
   }
 
   // sum[row] += weight[row] times the values of `keys` rows; weights s [rows][step].
-  void weighted(Index rows, Index keys, const float* s, Index step, const Partial& part) const {
+  void weighted(Index rows, Index keys, const float* s, Index step, const Partial& part, Ahead&) const {
     for (Index i = 0; i < runs_; ++i) {
       const Run& run = run_[i];
       if (!has_values(run)) continue;
@@ -379,11 +380,15 @@ class Tiles {
     _tile_stored(0, sum, step * 4);
   }
 
+  const TileUse use_;
   const Problem<T>& p_;
   const Sizes& size_;
-  const TileScratch& scratch_;
+  const PackedScratch& scratch_;
   Run run_[kMostRuns];
   Index runs_ = 0, columns_ = 0;
 };
+
+template <class T>
+using Packed = Tiles<T>;
 
 }  // namespace mla_pass::MLA_PASS_ISA

@@ -343,6 +343,13 @@ struct Node {
     return hidden ? -INFINITY : out;
   }
 
+  // What an instruction set may be off by: more where it rounds queries, maps and weights to bfloat16.
+  double allowed(const Isa& isa, double tolerance) const {
+    const auto narrow = [&](int part) { return stored[part] != Type::float32 && stored[part] != Type::float16; };
+    const bool rounded = (a.split == 0 || narrow(0)) && (a.split >= a.rank || narrow(1));
+    return isa.narrow == Meeting::bfloat16 && rounded ? tolerance + 5e-2 : tolerance;
+  }
+
   // Largest error of the context of one random head of one random token.
   double error(const Sizes& size, Random& random) const {
     const Index b = random.below(batch), s = random.below(fresh), h = random.below(a.num_heads);
@@ -399,7 +406,7 @@ void check_node(Random& random, double tolerance) {
     for (const Form form : {Form::absorbed, Form::expanded, Form::counted}) {
       run<T>(layout, size, node.in, outputs, *isa, form, threads);
       const double error = node.error(size, random);
-      if (!(error < tolerance)) {
+      if (!(error < node.allowed(*isa, tolerance))) {
         fail(std::string(isa->name) + " form " + std::to_string(static_cast<int>(form)) + ": error " +
              std::to_string(error));
       }
@@ -472,7 +479,7 @@ void check_entry(Random& random, double tolerance) {
     std::swap(node.present[0], node.buffer[kPastLatent]);
     std::swap(node.present[1], node.buffer[kPastRope]);
     const double error = node.error(size, random);
-    if (!(error < tolerance)) fail("through the entry: error " + std::to_string(error));
+    if (!(error < node.allowed(*usable_isa(0), tolerance))) fail("through the entry: error " + std::to_string(error));
   }
 }
 
