@@ -123,12 +123,12 @@ class Packed {
     for (Index c = 0; c < step_; c += 32) _mm512_storeu_si512(row + c, _mm512_setzero_si512());
   }
 
-  // In ascending order: every run is written in whole vectors.
+  // In ascending order: every run is written in whole vectors, zeros past its last number. So an odd rank's last pair
+  // has a zero.
   void read_row(Index row, std::uint16_t* to) const {
     const Index rank = size_.rank, split = size_.split, end = rank + size_.rope_dim, latents = least(split, rank);
     read_run(p_.part[0], row, 0, latents, to);
     read_run(p_.part[1], row, 0, rank - latents, to + latents);
-    to[rank] = 0;  // without a rope part, or before it, a pair may have one number
     if (!rope_) return;
     std::uint16_t* rope = to + even(rank);
     const Index first = greatest(split, rank);

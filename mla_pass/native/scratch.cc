@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -70,6 +71,9 @@ Lease::Lease(std::size_t bytes) {
   const Room room = shelf().take(std::max<std::size_t>(bytes, 1));
   data_ = room.data;
   size_ = room.size;
+#if defined(MLA_PASS_POISON)
+  std::memset(data_, 0xff, size_);  // NaN in every type: what is read before it is written shows
+#endif
 }
 
 Lease::~Lease() { shelf().put({data_, size_}); }
