@@ -8,6 +8,7 @@
 // number of heads.
 #pragma once
 
+#include "bfloat.h"
 #include "fine.h"
 #include "weigh.h"
 
@@ -34,14 +35,6 @@ struct Terms {
 
 inline Index even(Index count) { return (count + 1) / 2 * 2; }
 
-// Of the lanes from c on, those below `count`.
-inline __mmask16 lanes_below(Index count, Index c) {
-  return count - c >= 16 ? 0xffff : count > c ? first_lanes(count - c) : 0;
-}
-inline __mmask32 wide_lanes_below(Index count, Index c) {
-  return count - c >= 32 ? ~0u : count > c ? (1u << (count - c)) - 1u : 0u;
-}
-
 inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // x[0, count) to bfloat16. Writes zeros up to whole vectors of 32.
@@ -53,25 +46,13 @@ inline void round_row(const float* x, Index count, std::uint16_t* to) {
   }
 }
 
-// Pairs of two rows' numbers [0, count). Writes whole vectors.
-inline void interleave(const std::uint16_t* a, const std::uint16_t* b, Index count, Pair* to) {
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  for (Index c = 0; c < count; c += 32) {
-    const __m512i x = _mm512_loadu_si512(a + c), y = _mm512_loadu_si512(b + c);
-    const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
-    _mm512_storeu_si512(to + c, _mm512_permutex2var_epi64(low, first, high));
-    _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi64(low, second, high));
-  }
-}
-
 // A row of `rows`: latents, and from the next even number on the rope part, where that is here.
 template <class T>
 class Packed {
  public:
   Packed(const Problem<T>& p, const PackedScratch& scratch)
       : p_(p), size_(p.size), rows_(scratch.rows), keys_(reinterpret_cast<Pair*>(scratch.keys)),
-        values_(reinterpret_cast<Pair*>(scratch.values)), weights_(scratch.weights), step_(scratch.columns),
+        values_(scratch.values), weights_(scratch.weights), step_(scratch.columns),
         rope_(size_.rope_dim > 0 && (size_.split >= size_.rank + size_.rope_dim || packs(p.part[1]))) {}
 
   // Whether the rope part is here, too.
@@ -109,8 +90,8 @@ class Packed {
   // sum[row] += weight[row] times the values of `keys` rows; weights s [rows][step].
   void weighted(Index rows, Index keys, const float* s, Index step, const Partial& part, Ahead& ahead) const {
     for (Index row = 0; row < rows; ++row) round_row(s + row * step, keys, weights_ + row * kChunk);
-    sums(rows, size_.value_rank, even(keys) / 2, Left{as_left(weights_), kChunk / 2, 1}, values_, step_, part.sum,
-         part.value_width, ahead);
+    sums(rows, size_.value_rank, even(keys) / 2, Left{as_left(weights_), kChunk / 2, 1},
+         reinterpret_cast<const Pair*>(values_), step_, part.sum, part.value_width, ahead);
   }
 
  private:
@@ -174,7 +155,8 @@ class Packed {
   const Problem<T>& p_;
   const Sizes& size_;
   std::uint16_t* rows_;
-  Pair *keys_, *values_;
+  Pair* keys_;
+  std::uint32_t* values_;
   std::uint16_t* weights_;
   const Index step_;
   const bool rope_;

@@ -9,6 +9,7 @@
 // tiles is 16 x 16 x 32 multiply-adds in 16 cycles, and there are two for every number, where vectors do 32 a cycle.
 #pragma once
 
+#include "bfloat.h"
 #include "fine.h"
 #include "weigh.h"
 
@@ -93,15 +94,14 @@ class Tiles {
         const float* from = run.begin < size_.rank ? x + row * step + run.begin
                                                    : rope + row * rope_step + run.begin - size_.rank;
         for (Index c = 0; c < rounded_up(length, kTileDepth); c += 16) {
-          const __mmask16 there = length - c >= 16 ? 0xffff : length > c ? first_lanes(length - c) : 0;
-          split(_mm512_maskz_loadu_ps(there, from + c), room + at + c, low + at + c);
+          split(_mm512_maskz_loadu_ps(lanes_below(length, c), from + c), room + at + c, low + at + c);
         }
       }
     }
     return terms;
   }
 
-  // Rows that come next are not asked for here: tiles leave a core's loads idle, and what helps them was not measured.
+  // What asking for the next rows is worth beside tiles was not measured: it is not done here.
   // s[row][key] = x[row] . latent[key] for keys [key, key + keys) of the chunk; columns up to whole tiles are written.
   void products(const Terms& x, Index rows, Index key, Index keys, float* s, Index step, Ahead&) const {
     for (Index row = 0; row < rows; row += kTileSide) {
@@ -178,7 +178,7 @@ class Tiles {
     std::uint16_t* to = scratch_.rows + key * columns_ + run.place;
     const Index length = there ? run.end - run.begin : 0;
     for (Index c = 0; c < rounded_up(run.end - run.begin, kTileDepth); c += 32) {
-      _mm512_storeu_si512(to + c, _mm512_maskz_loadu_epi16(first_of(length, c), numbers + c));
+      _mm512_storeu_si512(to + c, _mm512_maskz_loadu_epi16(wide_lanes_below(length, c), numbers + c));
     }
   }
 
@@ -190,16 +190,11 @@ class Tiles {
     std::uint16_t* to = scratch_.rows + key * columns_ + run.place;
     const Index length = there ? run.end - run.begin : 0;
     for (Index c = 0; c < rounded_up(run.end - run.begin, kTileDepth); c += 32) {
-      const __m256i q = _mm256_maskz_loadu_epi8(first_of(length, c), numbers + c);
+      const __m256i q = _mm256_maskz_loadu_epi8(wide_lanes_below(length, c), numbers + c);
       const Vec low = widened(_mm256_castsi256_si128(q), Q{}), high = widened(_mm256_extracti128_si256(q, 1), Q{});
       _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(high.x, low.x));
     }
     scale_at(run)[key] = there ? step_of(code_of(stored + run.code)) : 0.0f;
-  }
-
-  // Of the 32 lanes from c on, those below `length`.
-  static __mmask32 first_of(Index length, Index c) {
-    return length - c >= 32 ? ~0u : length > c ? (1u << (length - c)) - 1u : 0u;
   }
 
   float* scale_at(const Run& run) const { return scratch_.scales + (&run - run_) * kKeysStep; }
@@ -218,17 +213,9 @@ class Tiles {
   // [pair of keys][column] dwords, from the run's first value column on; zeros up to whole tiles.
   void lay_values(const Run& run) {
     const Index skipped = greatest(run.begin, size_.value_offset) - run.begin, length = run.end - run.begin - skipped;
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (Index pair = 0; pair < kChunk / 2; ++pair) {
       const std::uint16_t* from = scratch_.rows + 2 * pair * columns_ + run.place + skipped;
-      std::uint32_t* to = scratch_.values + pair * columns_ + run.place;
-      for (Index c = 0; c < length; c += 32) {
-        const __mmask32 lanes = length - c >= 32 ? ~0u : (1u << (length - c)) - 1u;
-        const __m512i a = _mm512_maskz_loadu_epi16(lanes, from + c), b = _mm512_maskz_loadu_epi16(lanes, from + columns_ + c);
-        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi64(low, first, high));
-        _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi64(low, second, high));
-      }
+      interleave(from, from + columns_, length, scratch_.values + pair * columns_ + run.place);
     }
   }
 
@@ -332,8 +319,7 @@ class Tiles {
     std::uint16_t *high = scratch_.weights, *low = high + rounded_up(rows, kTileSide) * kChunk;
     for (Index row = 0; row < rows; ++row) {
       for (Index key = 0; key < kChunk; key += 16) {
-        const __mmask16 there = keys - key >= 16 ? 0xffff : keys > key ? first_lanes(keys - key) : 0;
-        __m512 x = _mm512_maskz_loadu_ps(there, s + row * step + key);
+        __m512 x = _mm512_maskz_loadu_ps(lanes_below(keys, key), s + row * step + key);
         if (run.scaled()) x = _mm512_mul_ps(x, _mm512_loadu_ps(scale_at(run) + key));
         split(x, high + row * kChunk + key, low + row * kChunk + key);
       }
