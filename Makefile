@@ -39,14 +39,16 @@ slow-test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test typecheck
 	$(bin)/ruff check .
 
-# Plain for the optimised code; address and undefined behaviour; data races. SECONDS of random nodes each.
+# Plain for the optimised code; address and undefined behaviour; data races, both with the kernels for bfloat16 emulated.
+# SECONDS of random nodes each.
 NATIVE_SECONDS ?= 20
 sanitized := plain address,undefined thread
 
 test-native: $(foreach kind,$(sanitized),build/driver-$(kind)/.passed)
 
 build/driver-%/.passed: FORCE
-	cmake -S . -B $(@D) -DMLA_PASS_NATIVE=ON -DMLA_PASS_CUDA=OFF -DMLA_PASS_DRIVER=ON -DMLA_PASS_SANITIZE=$(filter-out plain,$*) > /dev/null
+	cmake -S . -B $(@D) -DMLA_PASS_NATIVE=ON -DMLA_PASS_CUDA=OFF -DMLA_PASS_DRIVER=ON \
+	  -DMLA_PASS_SANITIZE=$(filter-out plain,$*) -DMLA_PASS_EMULATE=$(if $(filter plain,$*),OFF,ON) > /dev/null
 	cmake --build $(@D) --target mla_pass_driver
 	$(@D)/mla_pass/native/mla_pass_driver $(NATIVE_SECONDS)
 

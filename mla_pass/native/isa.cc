@@ -6,8 +6,10 @@
 
 #include "contract.h"
 
-#if defined(MLA_PASS_AMX)
+#if defined(MLA_PASS_AVX512BF16)
 #include <cpuid.h>
+#endif
+#if defined(MLA_PASS_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,17 +30,33 @@ extern const Isa isa_amx;
 
 namespace {
 
+#if defined(MLA_PASS_AVX512BF16)
+// Whether vectors multiply pairs of bfloat16 numbers.
+bool pairs_known() {
+#if defined(MLA_PASS_EMULATE)
+  return true;
+#else
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5)) != 0;
+#endif
+}
+#endif
+
 #if defined(MLA_PASS_AMX)
 // Whether there are tiles and bfloat16 products on them, and the system lets this process use them: it keeps their
 // registers only for those that ask.
 bool amx_granted() {
+#if defined(MLA_PASS_EMULATE)
+  return true;
+#else
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBfloat = 1u << 22, kTile = 1u << 24, kOsxsave = 1u << 27;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat | kTile)) != (kBfloat | kTile)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512-BF16
+  if (!pairs_known()) return false;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsxsave) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl, see Linux' x86/xstate documentation
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
 }
 #endif
 
@@ -56,7 +74,7 @@ std::vector<const Isa*> usable() {
 #if defined(MLA_PASS_AVX512BF16)
   // A pair takes as long as a float32 number on AMD's processors (Zen 4: 117 to 59 G multiply-adds/s of a core), and
   // four times as long on Intel's (Sapphire Rapids: 24 to 60), where it is there to be asked for.
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+  if (avx512 && pairs_known()) {
     found.insert(__builtin_cpu_is("amd") ? found.end() - 1 : found.end(), &isa_avx512bf16);
   }
 #endif
