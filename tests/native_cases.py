@@ -73,6 +73,8 @@ class Case:
     """Un-rotated dims that no band turns."""
     blocks: tuple[int, ...] = ()
     """Block size of every band pair, finest first."""
+    staggered: bool = False
+    """Whether the pairs of the finest blocks read few columns of the latent: the rest of their key_up is zero."""
     order: int = 1
     value_dim: int = 16
     softcap: float = 0.0
@@ -154,7 +156,7 @@ def cases(draw: st.DrawFn) -> Case:
         groups=pick(1, 2, 3), per_group=pick(1, 2, 3, 4, 7, 33), head_dim=pick(8, 10, 16),
         rank=rank, key_rank=draw(st.integers(1, rank)), value_offset=draw(st.integers(0, rank - 1)),
         rope_dim=pick(0, 2, 6, 8, 16), still=pick(4, 0, 1, 9) if blocks else pick(4, 1, 9), blocks=blocks,
-        order=pick(1, 1, 0), value_dim=pick(5, 8, 16), softcap=pick(0.0, 0.0, 2.0), window=pick(0, 0, 1, 9, 100),
+        staggered=pick(False, True), order=pick(1, 1, 0), value_dim=pick(5, 8, 16), softcap=pick(0.0, 0.0, 2.0), window=pick(0, 0, 1, 9, 100),
         causal=pick(True, True, True, False), padding=pick(True, False), hide_inside=pick(False, False, True),
         bias=pick("", "", "-", "b", "h", "bh"), query_map=pick(True, False), key_up=key_up,
         value_up=pick(True, True, False), shared=pick(True, False),
@@ -212,7 +214,10 @@ class Drawn:
         a1 = rng.uniform(-1, 1, len(block)) / np.maximum(block, 1) * c.order
         fit = [x.astype(np.float32).astype(np.float64) for x in (rng.uniform(-1, 1, len(block)), a1)]
         bands = Bands(band_index, block, *fit, np.zeros(0, np.int64))
-        key_up = maps(c.key_up, k, n).transpose(0, 2, 1)
+        key_up = maps(c.key_up, k, n).transpose(0, 2, 1).copy()
+        if c.staggered:
+            for pair in range(len(block)):
+                key_up[:, [pair, len(block) + pair], 2 * c.groups * (pair + 1) :] = 0
         key_mean = self.rounded(rng.standard_normal((c.groups, n))) * c.key_up
         return LatentWeights(
             rank=c.rank, rope_dim=c.rope_dim, encode=np.eye(c.rank + c.rope_dim),

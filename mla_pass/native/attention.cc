@@ -237,6 +237,23 @@ void make_fit(const Layout& layout, const Sizes& size, const float* cos, const f
   }
 }
 
+// Past depth[i] columns key_up holds zeros for band pairs up to i, in every group. Folding lays latents so that the
+// pairs of the finest blocks read few (mla_pass/fold/staggered.py).
+template <class T>
+void find_depth(const Sizes& size, const T* key_up, Index* depth) {
+  Index most = 0;
+  for (Index pair = 0; pair < size.pairs; ++pair) {
+    for (Index part = 0; part < 2 * size.groups; ++part) {
+      const Index row = part / 2 * size.nope_dim + part % 2 * size.pairs + pair;
+      const T* up = key_up + row * size.key_rank;
+      Index end = size.key_rank;
+      while (end > most && scalar::to_float(up[end - 1]) == 0.0f) --end;
+      most = end;
+    }
+    depth[pair] = most;
+  }
+}
+
 // Rows of each sequence before the first that its padding mask shows.
 void find_first_kept(const Sizes& size, const std::int64_t* mask, Index* first) {
   for (Index b = 0; b < size.batch; ++b) {
@@ -247,12 +264,12 @@ void find_first_kept(const Sizes& size, const std::int64_t* mask, Index* first) 
 
 struct Common {
   float *fit, *key_mean;
-  Index* first_kept;
+  Index *first_kept, *depth;
 };
 
 Common lay_common(const Sizes& size, Carver& carver) {
   return {carver.take<float>(4 * size.pairs), carver.take<float>(size.groups * size.nope_dim),
-          carver.take<Index>(size.batch)};
+          carver.take<Index>(size.batch), carver.take<Index>(size.pairs)};
 }
 
 template <class T>
@@ -281,6 +298,8 @@ Problem<T> make_problem(const Layout& layout, const Sizes& size, const Inputs& i
     const T* mean = inputs[kKeyMean].as<T>();
     for (Index i = 0; i < size.groups * size.nope_dim; ++i) common.key_mean[i] = scalar::to_float(mean[i]);
     p.key_mean = common.key_mean;
+    find_depth(size, p.key_up, common.depth);
+    p.depth = common.depth;
   }
   if (p.padding_mask) {
     find_first_kept(size, p.padding_mask, common.first_kept);
@@ -380,7 +399,7 @@ PackedScratch lay_packed(const Problem<T>& p, Index rows, Index fine_rows, Carve
   s.values = carver.take<std::uint32_t>(kChunk / 2 * columns);
   s.scales = carver.take<float>(kMostRuns * (kChunk + kTileSide));
   s.left = carver.take<std::uint16_t>(2 * padded(rows) * columns);
-  s.fine = carver.take<std::uint16_t>(2 * padded(fine_rows) * columns);
+  s.fine = carver.take<std::uint16_t>((2 * padded(fine_rows) + kTileSide) * columns);  // runs end within a tile
   s.weights = carver.take<std::uint16_t>(2 * padded(rows) * kChunk);
   s.columns = columns;
   return s;
@@ -609,7 +628,7 @@ template <class T>
 void run_absorbed(Problem<T>& p, const Isa& isa, const Threads& threads) {
   const Tiling tiling = absorbed_tiling(p.size);
   const Index groups = ceil_div(tiling.heads, p.size.heads / p.size.groups);
-  p.size.finest = absorbed_from(p.level, p.size, tiling.heads * tiling.tokens, groups);
+  p.size.finest = absorbed_from(p.level, p.size, p.depth, tiling.heads * tiling.tokens, groups);
   p.size.decoded = p.size.finest > 0 ? p.level[p.size.finest - 1].end : 0;
   const Index wanted = ceil_div(2 * threads.workers, tiling.count(p.size));
   const Index keys = p.size.window > 0 ? std::min(p.size.total, p.size.window + tiling.tokens) : p.size.total;

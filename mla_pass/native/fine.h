@@ -1,7 +1,8 @@
 // Pairs whose blocks are too short to make latent queries for each (levels.h): their keys are decoded and turned.
 //
-// Counted per cached row in multiply-adds: 2 k for each pair and kv group, and then 2 for each head. Keys lie with
-// cached rows in the lanes, [dim][row], so that neither turning them nor meeting them with queries sums across lanes.
+// Counted per cached row in multiply-adds: 2 k for each pair and kv group, fewer where key_up ends in zeros, and then 2
+// for each head. Keys lie with cached rows in the lanes, [dim][row], so that neither turning them nor meeting them with
+// queries sums across lanes. Pairs come before groups: those of the finest blocks read the fewest columns.
 #pragma once
 
 #include "prepare.h"
@@ -9,13 +10,18 @@
 
 namespace mla_pass::MLA_PASS_ISA {
 
+// Rows of a run that is decoded from the same columns: two tiles of the products.
+constexpr Index kRunRows = 12;
+
 template <class T>
 class FinePairs {
  public:
   FinePairs(const Problem<T>& p, const Tile& tile, const Queries<T>& queries, const AbsorbScratch& scratch)
       : p_(p), size_(p.size), tile_(tile), scratch_(scratch), pairs_(p.size.decoded), width_(queries.key_width) {
     if (pairs_ == 0) return;
-    for_groups(size_, tile_, [&](const GroupRun& run) { read_up(run.group, groups_++); });
+    for_groups(size_, tile_, [&](const GroupRun&) { ++groups_; });
+    Index place = 0;
+    for_groups(size_, tile_, [&](const GroupRun& run) { read_up(run.group, place++); });
     for (Index& phase : phase_) phase = -1;
     turn_queries(queries);
   }
@@ -23,34 +29,57 @@ class FinePairs {
   // Rows of key_up that decode the pairs' keys, each key_width from the next, in `AbsorbScratch.fine_up`.
   Index rows() const { return groups_ * 2 * pairs_; }
 
+  // Calls work(row, rows, depth) for runs of these rows that read the first `depth` columns of the latents.
+  template <class Work>
+  void for_depths(const Work& work) const {
+    const Index step = greatest(1, kRunRows / (2 * groups_));
+    for (Index pair = 0; pair < pairs_; pair += step) {
+      const Index some = least(step, pairs_ - pair);
+      work(pair * 2 * groups_, some * 2 * groups_, p_.depth[pair + some - 1]);
+    }
+  }
+
   // Adds to the scores s [rows][kKeyStep] of `keys` rows from cache row `first` on, whose latents are laid across.
   void meet(Index first, Index keys, const float* latents, float* s, Ahead& ahead) {
     if (pairs_ == 0) return;
     fill(scratch_.fine_keys, rows() * kKeyStep, 0.0f);
-    meet_keys(scratch_.fine_up, rows(), width_, latents, size_.key_rank, keys, scratch_.fine_keys, ahead);
+    for_depths([&](Index row, Index some, Index depth) {
+      meet_keys(scratch_.fine_up + row * width_, some, width_, latents, depth, keys,
+                scratch_.fine_keys + row * kKeyStep, ahead);
+    });
     meet_decoded(first, keys, s);
   }
 
   // The same where `AbsorbScratch.fine_keys` [rows()][kKeyStep] holds the products of key_up and latents already.
   void meet_decoded(Index first, Index keys, float* s) {
     turn_keys(first, keys);
+    const Index part = groups_ * kKeyStep;
     Index place = 0;
+    Ahead nothing;
     for_groups(size_, tile_, [&](const GroupRun& run) {
-      const Left query = {scratch_.fine_query + run.row * 2 * pairs_, 2 * pairs_, 1};
-      sums(run.rows, keys, 2 * pairs_, query, scratch_.fine_keys + place++ * 2 * pairs_ * kKeyStep, kKeyStep,
-           s + run.row * kKeyStep, kKeyStep);
+      const float *query = scratch_.fine_query + run.row * 2 * pairs_, *decoded = fine_keys(0, place++);
+      const Term<float> terms[2] = {
+          {{query, 2 * pairs_, 1}, decoded, 2 * part, pairs_},
+          {{query + pairs_, 2 * pairs_, 1}, decoded + part, 2 * part, pairs_},
+      };
+      sums(run.rows, keys, terms, 2, s + run.row * kKeyStep, kKeyStep, nothing);
     });
   }
 
  private:
-  // The pairs' rows of key_up, real parts before imaginary parts.
+  // The pairs' rows of key_up.
   void read_up(Index group, Index place) const {
     for (Index part = 0; part < 2; ++part) {
       for (Index i = 0; i < pairs_; ++i) {
         const T* from = p_.key_up + (group * size_.nope_dim + part * size_.pairs + i) * size_.key_rank;
-        widen(from, scratch_.fine_up + ((place * 2 + part) * pairs_ + i) * width_, size_.key_rank);
+        widen(from, scratch_.fine_up + ((i * 2 + part) * groups_ + place) * width_, size_.key_rank);
       }
     }
+  }
+
+  // The real parts of a pair's keys in the tile's group at `place`; its imaginary parts are groups_ rows on.
+  float* fine_keys(Index pair, Index place) const {
+    return scratch_.fine_keys + (pair * 2 * groups_ + place) * kKeyStep;
   }
 
   // Queries turned to their rows: (x + j y) exp(j theta row).
@@ -101,8 +130,8 @@ class FinePairs {
     Index place = 0;
     for_groups(size_, tile_, [&](const GroupRun& run) {
       const float* mean = p_.key_mean + run.group * size_.nope_dim + pair;
-      float* re = scratch_.fine_keys + (place++ * 2 * pairs_ + pair) * kKeyStep;
-      turn_pair(re, re + pairs_ * kKeyStep, mean[0], mean[size_.pairs], cos, sin, keys);
+      float* re = fine_keys(pair, place++);
+      turn_pair(re, re + groups_ * kKeyStep, mean[0], mean[size_.pairs], cos, sin, keys);
     });
   }
 

@@ -64,7 +64,9 @@ void absorb_packed(const Problem<T>& p, const Tile& tile, const Queries<T>& quer
     Ahead ahead(p, at + keys, least(kChunk, end - first - keys));
     meet_packed(p, tile, queries, bands, packed, still, first, keys, end, scratch, ahead);
     if (fine.rows() > 0) {
-      packed.products(up, fine.rows(), 0, keys, scratch.fine_keys, kKeyStep, ahead);
+      fine.for_depths([&](Index row, Index some, Index depth) {
+        packed.products(packed.rows_of(up, row, depth), some, 0, keys, scratch.fine_keys + row * kKeyStep, kKeyStep, ahead);
+      });
       fine.meet_decoded(first, keys, scratch.scores);
     }
     if (size.rope_dim > 0 && !packed.rope()) {

@@ -28,8 +28,10 @@ inline Vec accumulate<Pair>(Vec a, Vec b, Vec sum) {
 }
 
 // Rows of pairs as the left operand of sums: the lanes take their bits as they are.
+// `depth` columns of the latents are read, and rope dims if `rope`.
 struct Terms {
   const std::uint16_t* rows;
+  Index depth;
   bool rope;
 };
 
@@ -77,13 +79,16 @@ class Packed {
       round_row(x + row * step, size_.key_rank, room + row * step_);
       if (rope) round_row(rope + row * rope_step, size_.rope_dim, room + row * step_ + 2 * key_pairs());
     }
-    return {room, rope != nullptr};
+    return {room, size_.key_rank, rope != nullptr};
   }
+
+  // `x` from a row on, without rope dims, that reads the first `depth` columns of the latents.
+  Terms rows_of(const Terms& x, Index row, Index depth) const { return {x.rows + row * step_, depth, false}; }
 
   // s[row][key] = x[row] . latent[key] for keys [key, key + keys) of the chunk; columns up to whole vectors are written.
   void products(const Terms& x, Index rows, Index key, Index keys, float* s, Index step, Ahead& ahead) const {
     for (Index row = 0; row < rows; ++row) fill(s + row * step, keys, 0.0f);
-    const Index depth = key_pairs() + (x.rope ? size_.rope_dim / 2 : 0);
+    const Index depth = even(x.depth) / 2 + (x.rope ? size_.rope_dim / 2 : 0);
     meet_keys(as_left(x.rows), rows, step_ / 2, keys_ + key, depth, keys, s, ahead);
   }
 

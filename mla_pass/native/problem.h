@@ -101,6 +101,7 @@ struct Problem {
   const Index* rope_index;
   const Index* band_index;
   const float* fit;  // [2][m][2]: the complex fits A0 and A1 of every band pair, see body.py
+  const Index* depth;  // [m]: columns of key_up past which it is zero for a band pair and all before it, in every group
   const T* query;
   Stored part[2];
   const float* cos;
@@ -169,7 +170,7 @@ struct PackedScratch {
   std::uint32_t* values;   // [kChunk / 2][columns]
   float* scales;           // [runs][kChunk + 16]
   std::uint16_t* left;     // [2][rows, 16s][columns]
-  std::uint16_t* fine;     // [2][rows of fine_up, 16s][columns]
+  std::uint16_t* fine;     // [2][rows of fine_up, 16s][columns], and 16 more rows
   std::uint16_t* weights;  // [2][rows, 16s][kChunk]
   Index columns;
 };
@@ -185,9 +186,9 @@ struct AbsorbScratch {
   float* slopes;             // the same, for the order that follows the offset
   float* across;             // [rope_dim + key_rank][rows, 16s]: queries, where they are laid across
   float* keys;               // [key_rank + rope_dim][kChunk + kPad]: a chunk laid across
-  float* fine_up;            // [groups of a tile][2 * decoded][key_width]
+  float* fine_up;            // [decoded][2][groups of a tile][key_width]
   float* fine_query;         // [rows][2 * decoded], turned to their rows
-  float* fine_keys;          // [groups of a tile][2 * decoded][kChunk + kPad]
+  float* fine_keys;          // [decoded][2][groups of a tile][kChunk + kPad]
   float* fine_turn;          // [decoded][2][kChunk + kPad]
   ChunkScratch chunk;
   PackedScratch packed;

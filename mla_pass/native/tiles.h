@@ -46,10 +46,11 @@ inline void transpose(const std::uint32_t* x, Index step, std::uint32_t* out, In
   transpose_tile<true>(reinterpret_cast<const float*>(x), 16, 16, step, reinterpret_cast<float*>(out), out_step);
 }
 
-// A float32 operand in two bfloat16 terms: [rows][step] high, and the same low; over latents, and rope dims if `rope`.
+// A float32 operand in two bfloat16 terms: [rows][step] high, and the same low; over `depth` columns of the latents, and
+// rope dims if `rope`.
 struct Terms {
   const std::uint16_t *high, *low;
-  Index step;
+  Index step, depth;
   bool rope;
 };
 
@@ -77,7 +78,7 @@ class Tiles {
       for (Index i = 0; i < runs_; ++i) read_run(run_[i], first + key, key, key < count);
     }
     for (Index i = 0; i < runs_; ++i) {
-      if (key_columns(run_[i], true) > 0) lay_keys(run_[i]);
+      if (read_by_keys(run_[i])) lay_keys(run_[i]);
       if (has_values(run_[i])) lay_values(run_[i]);
     }
   }
@@ -85,12 +86,12 @@ class Tiles {
   // Rows x [rows][step] over the latents' first key_rank columns, and rows of rope dims [rows][rope_step] where they are
   // given and here, as left operands in `room` [2][rows, 16s][columns].
   Terms left(const float* x, Index rows, Index step, const float* rope, Index rope_step, std::uint16_t* room) const {
-    const Terms terms = {room, room + rounded_up(rows, kTileSide) * columns_, columns_, rope != nullptr};
+    const Terms terms = {room, room + rounded_up(rows, kTileSide) * columns_, columns_, size_.key_rank, rope != nullptr};
     std::uint16_t* low = room + rounded_up(rows, kTileSide) * columns_;
     for (Index row = 0; row < rows; ++row) {
       for (Index i = 0; i < runs_; ++i) {
         const Run& run = run_[i];
-        const Index length = key_columns(run, terms.rope), at = row * columns_ + run.place;
+        const Index length = key_columns(run, terms), at = row * columns_ + run.place;
         const float* from = run.begin < size_.rank ? x + row * step + run.begin
                                                    : rope + row * rope_step + run.begin - size_.rank;
         for (Index c = 0; c < rounded_up(length, kTileDepth); c += 16) {
@@ -99,6 +100,11 @@ class Tiles {
       }
     }
     return terms;
+  }
+
+  // `x` from a row on, without rope dims, that reads the first `depth` columns of the latents.
+  Terms rows_of(const Terms& x, Index row, Index depth) const {
+    return {x.high + row * x.step, x.low + row * x.step, x.step, depth, false};
   }
 
   // What asking for the next rows is worth beside tiles was not measured: it is not done here.
@@ -162,11 +168,13 @@ class Tiles {
     columns_ += rounded_up(run.end - run.begin, kTileDepth);
   }
 
-  // Columns of a run that scores are made of.
-  Index key_columns(const Run& run, bool rope) const {
-    if (run.begin >= size_.rank) return rope ? run.end - run.begin : 0;
-    return greatest(0, least(run.end, size_.key_rank) - run.begin);
+  // Columns of a run that products with x are made of.
+  Index key_columns(const Run& run, const Terms& x) const {
+    if (run.begin >= size_.rank) return x.rope ? run.end - run.begin : 0;
+    return greatest(0, least(run.end, x.depth) - run.begin);
   }
+
+  bool read_by_keys(const Run& run) const { return run.begin >= size_.rank || run.begin < size_.key_rank; }
 
   bool has_values(const Run& run) const { return run.begin < size_.rank && run.end > size_.value_offset; }
 
@@ -290,7 +298,7 @@ class Tiles {
     Few::zero();
     for (Index i = 0; i < runs_; ++i) {
       const Run& run = run_[i];
-      const Index length = key_columns(run, x.rope);
+      const Index length = key_columns(run, x);
       if (length == 0) continue;
       if (waiting && run.scaled()) finish(Run{});  // what came before has no scale
       for (Index c = 0; c < length; c += kTileDepth) {

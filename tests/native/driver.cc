@@ -164,7 +164,7 @@ struct Node {
     }
     if (query_map) give(kQueryMap, random, {a.kv_groups, head, width});
     if (key_up) {
-      give(kKeyUp, random, {a.kv_groups, a.nope_dim, a.key_rank});
+      give_key_up(random);
       give(kKeyMean, random, {a.kv_groups, a.nope_dim});
     }
     if (value_up) give(kValueUp, random, {a.kv_groups, w, 1 + random.below(17)});
@@ -236,6 +236,19 @@ struct Node {
     std::vector<double> values(static_cast<std::size_t>(count));
     for (double& x : values) x = 0.5 * random.normal();
     put(input, values, dims);
+  }
+
+  // Half of the time the pairs of the finest blocks read few columns.
+  void give_key_up(Random& random) {
+    const auto pairs = static_cast<Index>(a.band_index.size());
+    const bool staggered = random.chance(0.5);
+    std::vector<double> values;
+    for (Index row = 0; row < a.kv_groups * a.nope_dim; ++row) {
+      const Index dim = row % a.nope_dim, pair = dim % std::max<Index>(pairs, 1);
+      const bool few = staggered && dim < 2 * pairs;
+      for (Index c = 0; c < a.key_rank; ++c) values.push_back(few && c > 2 * pair ? 0 : 0.5 * random.normal());
+    }
+    put<T>(kKeyUp, values, {a.kv_groups, a.nope_dim, a.key_rank});
   }
 
   void give_tables(Random& random) {
