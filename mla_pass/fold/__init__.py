@@ -21,6 +21,7 @@ from mla_pass.fold.components import Components, rank_components
 from mla_pass.fold.latent import energies, low_rank
 from mla_pass.fold.ordered import order_for_keys
 from mla_pass.fold.pairs import Pairs, complex_metric, complex_moment, pairs_of
+from mla_pass.fold.staggered import stagger
 from mla_pass.site import Rope
 from mla_pass.statistics import SiteStatistics
 
@@ -314,7 +315,7 @@ def fold(p: Prepared, rank: int, rope_dim: int, key_rank: int | None = None) -> 
     covariance, analysis, left = remainder(p, rope_dim)
     code = low_rank(covariance, p.metric)
     query_map, key_map = query_side(p, rope_dim)
-    encode_latent, decode = code.encode[:rank] @ left, code.decode[:, :rank]
+    encode_latent, decode = code.encode[:rank] @ left, code.decode[:, :rank].copy()
     split, unread = geo.key_width, 0.0
     if key_rank < rank:
         ordered = order_for_keys(decode[:split], p.metric[:split, :split])
@@ -322,11 +323,14 @@ def fold(p: Prepared, rank: int, rope_dim: int, key_rank: int | None = None) -> 
         unread = float(ordered.lost[key_rank])
     mean = left @ p.statistics.mean
     keys = key_map @ np.concatenate([decode, mean[:, None]], axis=1)[:split].reshape(geo.groups, geo.head_dim, rank + 1)
-    key_mean = keys[:, :, rank].copy()
+    key_up, key_mean = keys[:, :, :key_rank].copy(), keys[:, :, rank].copy()
+    turning = 0 if rope_dim == geo.rotary_width else len(p.bands.index)
     if not geo.softcap:
         # The same number on every logit of a row changes nothing: only what turns with its block matters.
-        turning = 0 if rope_dim == geo.rotary_width else 2 * len(p.bands.index)
-        key_mean[:, turning:] = 0.0
+        key_mean[:, 2 * turning :] = 0.0
+    if turning:
+        turn, key_up = stagger(key_up, turning)
+        encode_latent[:key_rank], decode[:, :key_rank] = turn.T @ encode_latent[:key_rank], decode[:, :key_rank] @ turn
     values = decode[split:].reshape(geo.groups, geo.value_dim, rank).swapaxes(1, 2)
     encode = np.concatenate([encode_latent, np.pad(analysis, ((0, 0), (0, geo.width - split)))])
     bias = np.concatenate([-encode_latent @ p.statistics.mean, np.zeros(rope_dim)])
@@ -338,7 +342,7 @@ def fold(p: Prepared, rank: int, rope_dim: int, key_rank: int | None = None) -> 
         encode=encode,
         encode_bias=bias,
         query_map=query_map,
-        key_up=keys[:, :, :key_rank].copy(),
+        key_up=key_up,
         key_mean=key_mean,
         value_up=values.copy(),
         value_mean=mean[split:].reshape(geo.groups, geo.value_dim),
