@@ -102,7 +102,7 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int, bands: B
         "position_ids": np.array([[rows - 1]]), "total_length": np.array([rows]),
     }  # fmt: skip
     if turned:
-        feeds |= {"key_up": draw(G, NOPE, rank), "key_mean": draw(G, NOPE)}
+        feeds |= {"key_up": staggered(draw(G, NOPE, rank)), "key_mean": draw(G, NOPE)}
     row = row_format(dtype, MlaConfig(cache_dtype=stored))
     for name, numbers, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
         past = draw(1, 1, rows, numbers)
@@ -125,6 +125,13 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int, bands: B
     shapes = {"context": (kind, 3), "latent": (kinds_of[0], 4), "rope": (kinds_of[1], 4)}
     model = node_model(node, feeds, shapes)
     return bound_session(model, feeds, {"past_latent": "latent", "past_rope": "rope"}, threads)
+
+
+def staggered(key_up: np.ndarray) -> np.ndarray:
+    """With the zeros that folding gives it (mla_pass/fold/staggered.py); [G, n, k], all of n in pairs that turn."""
+    for pair in range(NOPE // 2):
+        key_up[:, [pair, NOPE // 2 + pair], 2 * G * (pair + 1) :] = 0
+    return key_up
 
 
 def grouped(rows: int, dtype: str, threads: int) -> Callable[[], None]:
@@ -245,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         for rank, stored, blocks in itertools.product(args.ranks, args.stored, layouts):
             bands = bands_of(blocks) if blocks else STILL
             name = f"r = {rank}" + ("" if stored == "same" else f", {stored}") + (", bands" if blocks else "")
-            fmas = attention_flops(rank, rank, rank, ROPE, bands, H // G)
+            fmas = attention_flops(rank, rank, rank, ROPE, bands, H // G, G)
             size = row_format(dtype, MlaConfig(cache_dtype=stored)).bytes(rank, ROPE)
             cases[name] = latent(rank, rows, dtype, stored, threads, bands), fmas, size
         calls = {name: call for name, (call, _, _) in cases.items()}

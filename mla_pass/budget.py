@@ -96,7 +96,7 @@ def largest_key_rank(p: Prepared, rank: int, rope_dims: int, config: MlaConfig) 
     limit = config.attention_flops * plain_flops(rank, rope_dims)
 
     def cost(key_rank: int) -> float:
-        return attention_flops(rank, key_rank, rank, rope_dims, p.bands, p.geometry.per_group)
+        return attention_flops(rank, key_rank, rank, rope_dims, p.bands, p.geometry.per_group, p.geometry.groups)
 
     step = row_step(p.geometry)
     steps = [k for k in (*range(step, rank, step), rank) if cost(k) <= limit]

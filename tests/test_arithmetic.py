@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mla_pass.fold import LatentWeights, Recipe, fold, prepare
-from mla_pass.fold.arithmetic import attention_flops, plain_flops
+from mla_pass.fold.arithmetic import attention_flops, band_flops, plain_flops
 from mla_pass.fold.bands import choose_bands, no_bands
+from mla_pass.fold.staggered import stagger
 from mla_pass.reference import attend, rows
 from tests.test_fold import Case, G, H, rope_of
 
@@ -179,3 +180,16 @@ def test_figures_of_a_large_model() -> None:
 def test_more_columns_than_the_row_has_are_refused(key_rank: int, value_rank: int) -> None:
     with pytest.raises(ValueError, match=r"must lie in 0\.\.20"):
         attention_flops(20, key_rank, value_rank, 6, no_bands(8), 3)
+
+
+def test_keys_of_a_staggered_latent_read_no_more_than_is_counted() -> None:
+    groups, pairs, width = 3, 5, 20
+    _, key_up = stagger(np.random.default_rng(0).standard_normal((groups, 2 * pairs + 2, width)), pairs)
+    levels = [(1, 0, pairs)]
+    dense, counted = (band_flops(levels, 2, width, per_group=2, groups=g) for g in (None, groups))
+    read = sum(
+        width - (np.cumsum(np.abs(row[::-1])) == 0).sum() for row in key_up[:, : 2 * pairs].reshape(-1, width)
+    )  # fmt: skip
+    products = dense - pairs * (4 / 2 + 2)  # what is left are the complex product and the query's
+    assert products * groups * 2 == 2 * pairs * groups * width
+    assert read < (counted - pairs * (4 / 2 + 2)) * groups * 2 < 0.8 * products * groups * 2

@@ -116,7 +116,7 @@ def test_no_layer_costs_more_arithmetic_than_allowed(limit: float) -> None:
     for split in choose_splits(options(config), [FLOATS] * 2, config):
         p = split.prepared
         flops = attention_flops(
-            split.rank, split.key_rank, split.rank, split.rope_dims, p.bands, p.geometry.per_group
+            split.rank, split.key_rank, split.rank, split.rope_dims, p.bands, p.geometry.per_group, p.geometry.groups
         )  # fmt: skip
         assert flops <= limit * plain_flops(split.rank, split.rope_dims)
         losses.append(float(predicted_loss(split.prepared, split.rope_dims, np.array([split.rank]))[0]))

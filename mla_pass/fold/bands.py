@@ -96,13 +96,16 @@ def priced_bands(
 
     Of every frequency in `theta` [R/2] a block of B rows loses `energy` times the share :func:`residual`, and costs
     `price` times the products a row and head that its absorbed queries take, 2 * (1 + order) / B latent widths, or
-    2 / `per_group` where its keys are decoded, once for so many heads. Not turning the pair loses energy times `still`
-    [R/2] and costs nothing; with `turn_all` that is no choice.
+    2 / `per_group` at the most where its keys are decoded, once for so many heads: the fastest pairs from few columns of
+    the latent (`staggered`), so that with keys of half the rank there is the share grows to all at half of the pairs.
+    Not turning the pair loses energy times `still` [R/2] and costs nothing; with `turn_all` that is no choice.
     """
-    cost = {size: 2 * (1 + order) / size if size > 1 else 2 / per_group for size in PRICED_BLOCKS}
+    cost = {size: 2 * (1 + order) / size for size in PRICED_BLOCKS}
     block = np.zeros(len(theta), dtype=np.int64)
-    for i, (t, e) in enumerate(zip(np.abs(theta), energy, strict=True)):
-        lost = [e * residual(float(t), size, order) + price * cost[size] for size in PRICED_BLOCKS]
+    for place, i in enumerate(np.argsort(-np.abs(theta), kind="stable").tolist()):
+        t, e = abs(float(theta[i])), energy[i]
+        cost[1] = 2 / per_group * min(1.0, 2 * (place + 1) / len(theta))
+        lost = [e * residual(t, size, order) + price * cost[size] for size in PRICED_BLOCKS]
         best = int(np.argmin(lost))
         block[i] = PRICED_BLOCKS[best] if turn_all or lost[best] < e * still[i] else 0
     return laid_out(theta, block, order)
