@@ -20,8 +20,6 @@ from mla_pass.errors import MlaPassError
 from mla_pass.onnx.session import CPU, CUDA, session
 from tests import latent_toy
 from tests.native_cases import (
-    FLOAT32_ERROR,
-    ROUNDING,
     Case,
     Drawn,
     check,

@@ -26,7 +26,6 @@ from mla_pass.native.kernel import Layout, Operand
 from mla_pass.onnx.body import ATTRIBUTES, INPUTS, node_attributes
 from tests.native_cases import (
     FLOAT32_ERROR,
-    ROUNDING,
     STORED,
     Case,
     Drawn,

@@ -96,9 +96,9 @@ def priced_bands(
 
     Of every frequency in `theta` [R/2] a block of B rows loses `energy` times the share :func:`residual`, and costs
     `price` times the products a row and head that its absorbed queries take, 2 * (1 + order) / B latent widths, or
-    2 / `per_group` at the most where its keys are decoded, once for so many heads: the fastest pairs from few columns of
-    the latent (`staggered`), so that with keys of half the rank there is the share grows to all at half of the pairs.
-    Not turning the pair loses energy times `still` [R/2] and costs nothing; with `turn_all` that is no choice.
+    2 / `per_group` at the most where its keys are decoded, once for so many heads: the fastest pairs from few columns
+    of the latent (`staggered`), more for each, and from all at half of the pairs (keys then have half of the rank there
+    is). Not turning the pair loses energy times `still` [R/2] and costs nothing; with `turn_all` that is no choice.
     """
     cost = {size: 2 * (1 + order) / size for size in PRICED_BLOCKS}
     block = np.zeros(len(theta), dtype=np.int64)
