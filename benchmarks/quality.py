@@ -65,7 +65,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "mix 0": {"metric_mix": 0.0},
     "mix 1": {"metric_mix": 1.0},
     "flops 1.5": {"attention_flops": 1.5},
-    "flops 2": {"attention_flops": 2.0},
+    "flops 3": {"attention_flops": 3.0},
     "flops 8": {"attention_flops": 8.0},
 }
 """What is changed in the recipe, one at a time; the metric keeps its chosen mix unless that is what changes."""

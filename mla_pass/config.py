@@ -61,7 +61,7 @@ class MlaConfig:
     max_loss: float | None = None
     """Instead of `budget`: the smallest cache whose measured excess loss, in nats per token on text held out from
     calibration, is at most this."""
-    attention_flops: float = 3.0
+    attention_flops: float = 2.0
     """Most multiply-adds of the absorbed attention, as a multiple of the same without block rotation."""
     finest_block: int | None = None
     """Rows per block of the finest rotary band, a power of two; None chooses it for each layer."""
