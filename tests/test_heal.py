@@ -381,6 +381,19 @@ def test_steps_are_sized_by_the_weight() -> None:
         assert weight.grad is None
 
 
+def test_a_staggered_decoder_stays_one() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2, 6, 6).tril().requires_grad_(True)
+    free = weight.detach().clone().requires_grad_(True)
+    before = weight.detach().clone()
+    optimizer = Optimizer({"key_up": weight, "free": free}, {"key_up"})
+    for _ in range(3):
+        weight.grad, free.grad = torch.randn(2, 6, 6), torch.randn(2, 6, 6)
+        optimizer.step(0.01)
+    assert (weight.triu(1) == 0).all() and (free.triu(1) != 0).any()
+    assert (weight.detach() != before).tril().sum() == 2 * 21
+
+
 def test_whitened_steps_go_straight_where_gradients_do_not() -> None:
     # A quadratic loss whose two sides are felt a thousandfold unevenly: its gradient hardly shows the flat directions.
     torch.manual_seed(0)

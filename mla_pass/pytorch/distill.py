@@ -7,7 +7,7 @@ at a time, each time all the way to the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -29,14 +29,15 @@ class Distillation:
     """A converted model beside its original, ready to be trained in some of its weights."""
 
     def __init__(
-        self, original: ir.Model, converted: ir.Model, trained: Sequence[ir.Value], *, device: str = "cpu"
-    ) -> None:
-        """`trained` are initializers of `converted`.
+        self, original: ir.Model, converted: ir.Model, trained: Sequence[ir.Value], *,
+        staggered: Collection[str] = (), device: str = "cpu",
+    ) -> None:  # fmt: skip
+        """`trained` are initializers of `converted`; of those that `staggered` names zeros stay.
 
         Raises MlaPassError as `TorchGraph` does, and when the vocabularies differ.
         """
         self.teacher, self.student = (_Predictor(model, device) for model in (original, converted))
-        self.device = device
+        self.device, self.staggered = device, staggered
         self.teacher.check_vocabulary(self.student)
         self.parameters = {str(value.name): self.student.graph.parameters[str(value.name)] for value in trained}
         for parameter in self.parameters.values():

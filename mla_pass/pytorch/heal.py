@@ -69,7 +69,7 @@ def heal(
         raise MlaPassError(
             f"{checkpoint.folder} holds the state of an unfinished run; --resume goes on with it, or remove that folder"
         )
-    distillation = Distillation(*models, trainable.values, device=device)
+    distillation = Distillation(*models, trainable.values, staggered=trainable.staggered, device=device)
     progress("reading the models", 1, 1)
     if state is None:
         progress("getting text", 0, 1)

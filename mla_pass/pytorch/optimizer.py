@@ -8,7 +8,7 @@ and G^T G (Shampoo, Gupta et al. 2018, with the exponents of Anil et al. 2020): 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ _TINY = 1e-30
 class Optimizer:
     """Updates weights in place from their ``grad``, which it takes away."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        """Weights [..., a, b] are matrices, one by one; vectors are [a]."""
+    def __init__(self, parameters: Mapping[str, Tensor], staggered: Collection[str] = ()) -> None:
+        """Weights [..., a, b] are matrices, one by one; vectors are [a]. Of those in `staggered` zeros stay zeros."""
         self.parameters, self.steps = parameters, 0
+        self._there = {name: parameters[name].detach() != 0 for name in staggered if name in parameters}
         self.state: dict[str, Tensor] = {}
         """Tensors by ``{what}/{parameter}``: with `steps`, all that a later step needs."""
         for name, weight in parameters.items():
@@ -56,6 +57,8 @@ class Optimizer:
             momentum = self.state[f"momentum/{name}"].lerp_(gradient, 1 - MOMENTUM)
             whiten = self._scaled if weight.ndim < 2 else self._whitened
             weight.sub_(whiten(name, gradient, momentum) * (lr * self.state[f"size/{name}"]))
+            if name in self._there:
+                weight.mul_(self._there[name])
 
     def _scaled(self, name: str, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Adam's step: each number by its own root mean square."""

@@ -26,6 +26,9 @@ class Trainable:
 
     values: tuple[ir.Value, ...]
     left_out: tuple[str, ...]
+    staggered: frozenset[str]
+    """Names of those whose zeros must stay: the key_up of each site, which decoding reads no further than them
+    (mla_pass/fold/staggered.py). A turn of the latent makes them of any key_up, so nothing is lost by it."""
 
 
 def find_trainable(model: ir.Model) -> Trainable:
@@ -46,7 +49,9 @@ def find_trainable(model: ir.Model) -> Trainable:
             "every matrix around the latent attention is read elsewhere, too, so none can be healed; export the model "
             "with weights of its own for each layer"
         )
-    return Trainable(values, tuple(f"{value.name} {reason}" for value, reason in reasons.items() if reason))
+    left_out = tuple(f"{value.name} {reason}" for value, reason in reasons.items() if reason)
+    decoders = (dict(zip(INPUTS, node.inputs, strict=False)).get("key_up") for node in nodes)
+    return Trainable(values, left_out, frozenset(str(value.name) for value in decoders if value is not None))
 
 
 def latent_nodes(model: ir.Model) -> list[ir.Node]:

@@ -58,7 +58,7 @@ class Training:
         self.distillation, self.config, self.checkpoint, self.progress = distillation, config, checkpoint, progress
         self.windows = torch.from_numpy(windows)
         self.aims = [distillation.aim(window[None]) for window in self.windows[-HELD_OUT:]]
-        self.optimizer = Optimizer(distillation.parameters)
+        self.optimizer = Optimizer(distillation.parameters, distillation.staggered)
         self.course = Course()
         self._whole = True
 
