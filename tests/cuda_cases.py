@@ -14,7 +14,7 @@ from mla_pass.errors import MlaPassError
 from mla_pass.native.kernel import TYPES, Layout
 from mla_pass.onnx.body import INPUTS
 from tests.fake_ort import CustomOp, Failed, Runtime
-from tests.native_cases import FLOAT32_ERROR, ROUNDING, Case, Drawn, check, environment
+from tests.native_cases import FLOAT32_ERROR, ROUNDING, Case, Drawn, check, environment, float32_isa
 from tests.test_native_entry import Node, operand
 
 SMALL: dict[str, Any] = {"dtype": "float16", "batch": 2, "past": 90, "blocks": (4, 16)}
@@ -154,7 +154,7 @@ def misaligned() -> dict[str, Any]:
 def numbers(case: dict[str, Any], form: str) -> float:
     """The kernels' context against the float64 reference; returns how far it is from the CPU kernel's at the most."""
     drawn = Drawn(Case(**case))
-    with environment(form=form):
+    with environment(float32_isa(), form):
         layout = Layout(Node(drawn).attributes)
     ours, theirs = DeviceNode(drawn), Node(drawn)
     ours.queue(layout)

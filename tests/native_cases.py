@@ -347,6 +347,11 @@ def environment(isa: str = "", form: str = "") -> Iterator[None]:
                 os.environ[name] = value
 
 
+def float32_isa() -> str:
+    """The best instruction set that rounds nothing, whatever rows are stored as."""
+    return next(isa for isa in native.instruction_sets() if isa not in ROUNDED_ERROR)
+
+
 def open_model(model: onnx.ModelProto, *, library: bool = True, isa: str = "", form: str = "", threads: int = 1):
     """A plain session of one node, with the kernel or with the function body."""
     options = ort.SessionOptions()

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from mla_pass.errors import Unsupported
-from tests.native_cases import FLOAT32_ERROR, ROUNDING, Case, cases, needs_library, replace
+from tests.native_cases import FLOAT32_ERROR, ROUNDING, Case, cases, environment, float32_isa, needs_library, replace
 from tests.torch_cases import as_numpy, call_of, check, parts
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -149,7 +149,9 @@ def test_any_number_of_splits_gives_the_same(splits: int) -> None:
 def test_the_cpu_kernel_agrees(name: str, dtype: str) -> None:
     call = call_of(replace(CASES[name], dtype=dtype))
     there, here = call.to(DEVICE), call.to("cpu")
-    right, found = here(), triton_context(there)
+    with environment(float32_isa()):
+        right = here()
+    found = triton_context(there)
     np.testing.assert_allclose(
         as_numpy(found), as_numpy(right), rtol=0, atol=2 * ERROR[dtype] * max(float(right.abs().max()), 1e-3)
     )
