@@ -217,8 +217,8 @@ class Drawn:
         bands = Bands(band_index, block, *fit, np.zeros(0, np.int64))
         key_up = maps(c.key_up, k, n).transpose(0, 2, 1).copy()
         if c.staggered:
-            for pair in range(len(block)):
-                key_up[:, [pair, len(block) + pair], 2 * c.groups * (pair + 1) :] = 0
+            for pair, part, group in np.ndindex(len(block), 2, c.groups):
+                key_up[group, part * len(block) + pair, (2 * pair + part) * c.groups + group + 1 :] = 0
         key_mean = self.rounded(rng.standard_normal((c.groups, n))) * c.key_up
         return LatentWeights(
             rank=c.rank, rope_dim=c.rope_dim, encode=np.eye(c.rank + c.rope_dim),
