@@ -1,5 +1,6 @@
 // What one thread of this machine can do at most, by the thread's CPU time: multiply-adds a second in registers, of
-// float32 and of pairs of bfloat16 numbers, and bytes a second read from memory. Compile as a shared library with -O3 -march=native.
+// float32 and of pairs of bfloat16 numbers, and bytes a second read from memory. Compile as a shared library with -O3
+// -march=native.
 #include <cstdint>
 #include <ctime>
 #include <vector>

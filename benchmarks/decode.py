@@ -35,6 +35,7 @@ from onnx import TensorProto, helper
 from mla_pass import MlaConfig, native
 from mla_pass.fold.arithmetic import attention_flops
 from mla_pass.fold.bands import Bands
+from mla_pass.fold.staggered import stagger
 from mla_pass.onnx.body import INPUTS
 from mla_pass.storage import CODED, STORED, encoded, row_format
 
@@ -102,7 +103,8 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int, bands: B
         "position_ids": np.array([[rows - 1]]), "total_length": np.array([rows]),
     }  # fmt: skip
     if turned:
-        feeds |= {"key_up": staggered(draw(G, NOPE, rank)), "key_mean": draw(G, NOPE)}
+        _, key_up = stagger(rng.standard_normal((G, NOPE, rank)), len(bands.index))
+        feeds |= {"key_up": (0.1 * key_up).astype(numpy), "key_mean": draw(G, NOPE)}
     row = row_format(dtype, MlaConfig(cache_dtype=stored))
     for name, numbers, as_stored in (("past_latent", rank, row.latent), ("past_rope", ROPE, row.rope)):
         past = draw(1, 1, rows, numbers)
@@ -125,13 +127,6 @@ def latent(rank: int, rows: int, dtype: str, stored: str, threads: int, bands: B
     shapes = {"context": (kind, 3), "latent": (kinds_of[0], 4), "rope": (kinds_of[1], 4)}
     model = node_model(node, feeds, shapes)
     return bound_session(model, feeds, {"past_latent": "latent", "past_rope": "rope"}, threads)
-
-
-def staggered(key_up: np.ndarray) -> np.ndarray:
-    """With the zeros that folding gives it (mla_pass/fold/staggered.py); [G, n, k], all of n in pairs that turn."""
-    for pair in range(NOPE // 2):
-        key_up[:, [pair, NOPE // 2 + pair], 2 * G * (pair + 1) :] = 0
-    return key_up
 
 
 def grouped(rows: int, dtype: str, threads: int) -> Callable[[], None]:

@@ -28,15 +28,8 @@ ROUNDINGS = 8
 
 
 def error_of(drawn: Drawn) -> float:
-    """Of the largest number of the context; of what that is as a rule where this one's values happen to cancel.
-
-    Scores of a standard deviation of 2, as a case has them, leave the weight to about a tenth of the keys.
-    """
-    case, w = drawn.case, drawn.weights
-    cache = drawn.cache()
-    values = cache[..., None, :, case.value_offset : case.rank] @ w.value_up
-    usual = np.sqrt(np.square(values).mean() / max(1, case.total / 10))
-    return ROUNDINGS * ROUNDING[case.dtype] * max(1.0, usual / max(np.abs(drawn.want(cache)).max(), 1e-3))
+    """Of the largest number of the context, or of what that is as a rule."""
+    return ROUNDINGS * ROUNDING[drawn.case.dtype] * drawn.slack()
 
 
 def attend(

@@ -37,7 +37,7 @@ def test_reference_body_and_kernels_agree(case: Case) -> None:
     for isa in INSTRUCTION_SETS:
         for form in ("absorbed", "expanded"):
             outputs = run_session(open_model(model, isa=isa, form=form), feeds)
-            check(drawn, outputs, case.kernel_error(isa))
+            check(drawn, outputs, drawn.kernel_error(isa))
     if case.body_agrees:
         body = open_model(model, library=False)
         check(drawn, run_session(body, feeds), BODY_ERROR[case.dtype])
@@ -53,7 +53,7 @@ def test_bands_of_three_levels(isa: str, dtype: str, new: int) -> None:
     drawn = Drawn(case)
     model, feeds = drawn.model(), drawn.feeds()
     for form in FORMS:
-        check(drawn, run_session(open_model(model, isa=isa, form=form), feeds), case.kernel_error(isa))
+        check(drawn, run_session(open_model(model, isa=isa, form=form), feeds), drawn.kernel_error(isa))
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -122,7 +122,7 @@ def test_a_session_that_asks_for_cuda_where_there_is_none_has_the_kernels_of_the
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
         opened = ort.InferenceSession(drawn.model().SerializeToString(), options, providers=[CUDA, CPU])
     assert opened.get_providers() == [CPU]
-    check(drawn, run_session(opened, drawn.feeds()), drawn.case.kernel_error(""))
+    check(drawn, run_session(opened, drawn.feeds()), drawn.kernel_error())
 
 
 def two_variants() -> tuple[onnx.ModelProto, Drawn]:

@@ -70,7 +70,7 @@ class Node:
         return [self.context, self.feeds["past_latent"], self.feeds["past_rope"]]
 
     def check(self, layout: Layout | None = None, threads: int = 1) -> None:
-        check(self.drawn, self.call(layout, threads), self.drawn.case.kernel_error(""))
+        check(self.drawn, self.call(layout, threads), self.drawn.kernel_error())
 
 
 def same(outputs: list[np.ndarray], others: list[np.ndarray]) -> None:

@@ -384,9 +384,9 @@ void lay_bands(const Problem<T>& p, Index rows, Carver& carver, AbsorbScratch& s
 // Whether all latents are stored as what is met in bfloat16, and there are scores to make of them.
 template <class T>
 bool in_bfloat(const Problem<T>& p) {
-  const auto exact = [&](int part) { return p.part[part].as == Storage::bfloat16 || has_codes(p.part[part].as); };
   const Sizes& size = p.size;
-  return size.nope_dim > 0 && (size.split == 0 || exact(0)) && (size.split >= size.rank || exact(1));
+  return size.nope_dim > 0 && (size.split == 0 || is_narrow(p.part[0].as)) &&
+         (size.split >= size.rank || is_narrow(p.part[1].as));
 }
 
 template <class T>

@@ -12,4 +12,8 @@ constexpr Kernels<T> kernels_of() {
   return {prepare<T>, absorb<T>, finish<T>, expand<T>};
 }
 
+constexpr Isa isa_of(const char* name, Meeting narrow) {
+  return {name, narrow, kernels_of<float>(), kernels_of<Half>(), kernels_of<Bfloat>()};
+}
+
 }  // namespace mla_pass::MLA_PASS_ISA

@@ -5,6 +5,6 @@
 namespace mla_pass {
 
 extern const Isa isa_amx;
-const Isa isa_amx = {"amx", Meeting::two_terms, amx::kernels_of<float>(), amx::kernels_of<Half>(), amx::kernels_of<Bfloat>()};
+const Isa isa_amx = amx::isa_of("amx", Meeting::two_terms);
 
 }  // namespace mla_pass

@@ -5,6 +5,6 @@
 namespace mla_pass {
 
 extern const Isa isa_avx2;
-const Isa isa_avx2 = {"avx2", Meeting::float32, avx2::kernels_of<float>(), avx2::kernels_of<Half>(), avx2::kernels_of<Bfloat>()};
+const Isa isa_avx2 = avx2::isa_of("avx2", Meeting::float32);
 
 }  // namespace mla_pass

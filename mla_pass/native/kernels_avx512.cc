@@ -5,6 +5,6 @@
 namespace mla_pass {
 
 extern const Isa isa_avx512;
-const Isa isa_avx512 = {"avx512", Meeting::float32, avx512::kernels_of<float>(), avx512::kernels_of<Half>(), avx512::kernels_of<Bfloat>()};
+const Isa isa_avx512 = avx512::isa_of("avx512", Meeting::float32);
 
 }  // namespace mla_pass

@@ -5,7 +5,6 @@
 namespace mla_pass {
 
 extern const Isa isa_avx512bf16;
-const Isa isa_avx512bf16 = {"avx512bf16", Meeting::bfloat16, avx512bf16::kernels_of<float>(), avx512bf16::kernels_of<Half>(),
-                            avx512bf16::kernels_of<Bfloat>()};
+const Isa isa_avx512bf16 = avx512bf16::isa_of("avx512bf16", Meeting::bfloat16);
 
 }  // namespace mla_pass

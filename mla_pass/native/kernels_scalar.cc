@@ -5,6 +5,6 @@
 namespace mla_pass {
 
 extern const Isa isa_scalar;
-const Isa isa_scalar = {"scalar", Meeting::float32, scalar::kernels_of<float>(), scalar::kernels_of<Half>(), scalar::kernels_of<Bfloat>()};
+const Isa isa_scalar = scalar::isa_of("scalar", Meeting::float32);
 
 }  // namespace mla_pass

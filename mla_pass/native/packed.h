@@ -65,7 +65,8 @@ void absorb_packed(const Problem<T>& p, const Tile& tile, const Queries<T>& quer
     meet_packed(p, tile, queries, bands, packed, still, first, keys, end, scratch, ahead);
     if (fine.rows() > 0) {
       fine.for_depths([&](Index row, Index some, Index depth) {
-        packed.products(packed.rows_of(up, row, depth), some, 0, keys, scratch.fine_keys + row * kKeyStep, kKeyStep, ahead);
+        float* decoded = scratch.fine_keys + row * kKeyStep;
+        packed.products(packed.rows_of(up, row, depth), some, 0, keys, decoded, kKeyStep, ahead);
       });
       fine.meet_decoded(first, keys, scratch.scores);
     }

@@ -55,7 +55,7 @@ class Packed {
   Packed(const Problem<T>& p, const PackedScratch& scratch)
       : p_(p), size_(p.size), rows_(scratch.rows), keys_(reinterpret_cast<Pair*>(scratch.keys)),
         values_(scratch.values), weights_(scratch.weights), step_(scratch.columns),
-        rope_(size_.rope_dim > 0 && (size_.split >= size_.rank + size_.rope_dim || packs(p.part[1]))) {}
+        rope_(size_.rope_dim > 0 && (size_.split >= size_.rank + size_.rope_dim || is_narrow(p.part[1].as))) {}
 
   // Whether the rope part is here, too.
   bool rope() const { return rope_; }
@@ -72,8 +72,8 @@ class Packed {
     }
   }
 
-  // Rows x [rows][step] over the latents' first key_rank columns, and rows of rope dims [rows][rope_step] where they are
-  // given and here, as left operands in `room` [rows][columns].
+  // Rows x [rows][step] over the latents' first key_rank columns, and rows of rope dims [rows][rope_step] where they
+  // are given and here, as left operands in `room` [rows][columns].
   Terms left(const float* x, Index rows, Index step, const float* rope, Index rope_step, std::uint16_t* room) const {
     for (Index row = 0; row < rows; ++row) {
       round_row(x + row * step, size_.key_rank, room + row * step_);
@@ -85,7 +85,7 @@ class Packed {
   // `x` from a row on, without rope dims, that reads the first `depth` columns of the latents.
   Terms rows_of(const Terms& x, Index row, Index depth) const { return {x.rows + row * step_, depth, false}; }
 
-  // s[row][key] = x[row] . latent[key] for keys [key, key + keys) of the chunk; columns up to whole vectors are written.
+  // s[row][key] = x[row] . latent[key] for keys [key, key + keys) of the chunk, written up to whole vectors.
   void products(const Terms& x, Index rows, Index key, Index keys, float* s, Index step, Ahead& ahead) const {
     for (Index row = 0; row < rows; ++row) fill(s + row * step, keys, 0.0f);
     const Index depth = even(x.depth) / 2 + (x.rope ? size_.rope_dim / 2 : 0);
@@ -100,7 +100,6 @@ class Packed {
   }
 
  private:
-  static bool packs(const Stored& part) { return part.as == Storage::bfloat16 || has_codes(part.as); }
   static const float* as_left(const std::uint16_t* rows) { return reinterpret_cast<const float*>(rows); }
 
   Index key_pairs() const { return even(size_.key_rank) / 2; }
@@ -138,7 +137,8 @@ class Packed {
     const Index length = (from.numbers + kSegments - 1) / kSegments, end = begin + count;
     for (Index at = begin; at < end;) {
       const Index stop = least((at / length + 1) * length, end);
-      read_segment(stored + at, stop - at, splat(step_of(code_of(stored + from.numbers + at / length))), to + at - begin);
+      const float scale = step_of(code_of(stored + from.numbers + at / length));
+      read_segment(stored + at, stop - at, splat(scale), to + at - begin);
       at = stop;
     }
   }

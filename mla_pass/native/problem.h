@@ -39,6 +39,8 @@ inline Index element_bytes(Storage as) {
   return as == Storage::float32 ? 4 : as == Storage::float16 || as == Storage::bfloat16 ? 2 : 1;
 }
 inline bool has_codes(Storage as) { return as == Storage::int8 || as == Storage::float8; }
+// Whether bfloat16 holds such numbers, those of 8 bits before their scale.
+inline bool is_narrow(Storage as) { return as == Storage::bfloat16 || has_codes(as); }
 
 // Codes, as rows of either element type hold them.
 inline int code_of(const std::int8_t* stored) { return *stored; }

@@ -151,7 +151,7 @@ class Tiles {
     const Stored& from = p_.part[part];
     const Index numbers = end - begin;
     const bool coded = has_codes(from.as);
-    if (numbers == 0 || !(coded || from.as == Storage::bfloat16)) return;
+    if (numbers == 0 || !is_narrow(from.as)) return;
     const Index length = coded ? (numbers + kSegments - 1) / kSegments : numbers;
     for (Index at = begin, segment = 0; at < end; at += length, ++segment) {
       const Index stop = least(at + length, end), middle = least(greatest(at, size_.rank), stop);
