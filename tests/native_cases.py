@@ -36,7 +36,7 @@ ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 STORING = {name: 2 * error for name, error in ROUNDING.items()}
 FLOAT32_ERROR = 1e-5
 # Some instruction sets round all that meets narrow rows in the absorbed form to bfloat16, 2^-9 of a number, and a
-# score's error, which is that of its number, is one of its weight. Of 832 random nodes the worst was off by 7 roundings;
+# score's error, that of its number, is one of its weight. Of 832 random nodes the worst was off by 7 roundings;
 # where a single latent number makes large scores it has been 27. test_narrow_rows_meet_exact_queries is the sharp test.
 NARROW = ("bfloat16", *CODED)
 ROUNDED_ERROR = {"avx512bf16": 64 * 2.0**-9}
