@@ -14,7 +14,7 @@ from mla_pass.onnx import choose, passes, probe
 from mla_pass.onnx.choose import Chooser
 from mla_pass.onnx.io import load_model
 from mla_pass.onnx.perplexity import paired, perplexity
-from mla_pass.onnx.probe import Probe
+from mla_pass.onnx.probe import Excess, Probe
 from mla_pass.patterns import find_sites
 from mla_pass.statistics import Calibration
 from tests.families import VOCAB, exported
@@ -53,13 +53,31 @@ def test_excess_is_what_the_saved_model_loses(calibration: Calibration, chooser:
     assert (told.stderr is None) == (stderr is None)
 
 
-def test_the_mix_that_loses_least_is_taken(chooser: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mix_that_loses_least_is_taken(chooser: Chooser) -> None:
     config = MlaConfig(budget=0.5)
     settled = chooser.settle(config)
-    losses = {mix: chooser.excess(replace(config, metric_mix=mix)).mean for mix in choose.MIXES}
-    assert settled.config.metric_mix == min(losses, key=lambda mix: losses[mix])
-    assert settled.excess is not None and settled.excess.mean == min(losses.values())
+    losses = [chooser.excess(replace(config, metric_mix=mix)).mean for mix in choose.MIXES]
+    assert settled.config.metric_mix is not None and settled.excess is not None
+    place = choose.MIXES.index(settled.config.metric_mix)
+    assert settled.excess.mean == losses[place] == min(losses[max(place - 1, 0) : place + 2])
+    assert losses[place] <= losses[choose.MIXES.index(choose.USUAL_MIX)]
     assert chooser.settle(replace(config, metric_mix=0.7)).config.metric_mix == 0.7
+
+
+@pytest.mark.parametrize("best", choose.MIXES)
+def test_the_bottom_of_a_valley_of_mixes_is_found(
+    chooser: Chooser, monkeypatch: pytest.MonkeyPatch, best: float
+) -> None:
+    tried = []
+
+    def excess(config: MlaConfig) -> Excess:
+        assert config.metric_mix is not None
+        tried.append(config.metric_mix)
+        return Excess(abs(np.log(config.metric_mix / best)), None)
+
+    monkeypatch.setattr(chooser, "excess", excess)
+    assert chooser.best_mix(MlaConfig(budget=0.5)).metric_mix == best
+    assert len(tried) == len(set(tried))  # each is a conversion and a run
 
 
 def test_the_smallest_cache_within_a_loss(chooser: Chooser) -> None:
