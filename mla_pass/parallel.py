@@ -16,11 +16,17 @@ from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 R = TypeVar("R")
-WORKERS = min(4, os.cpu_count() or 1)
+MOST_WORKERS = 4
 """Pieces at once: of an 8B-shaped layer each takes about half a gigabyte."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than the machine has in a container, or under taskset."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def each(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`work` on every item, in order; what it raises is raised here."""
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(WORKERS) as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(MOST_WORKERS, usable_cores())) as pool:
         yield from pool.map(work, items)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from mla_pass.parallel import each
+from mla_pass.parallel import each, usable_cores
 
 
 def blas_threads(_: int = 0) -> set[int]:
@@ -27,3 +29,14 @@ def test_every_piece_has_one_blas_thread_and_the_others_come_back() -> None:
 def test_what_a_piece_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         list(each(lambda n: 1 // n, [1, 0]))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_only_the_cores_that_the_process_may_use_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert usable_cores() == len(allowed)
