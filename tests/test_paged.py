@@ -305,6 +305,12 @@ def test_every_node_keeps_to_the_schema_and_the_kernels_limits(folder: Path) -> 
         assert width % 16 == turned % 16 == rank % 8 == 0 and width <= 1024
 
 
+def test_a_session_of_its_own_is_refused_with_the_way_out(folder: Path) -> None:
+    with pytest.raises(MlaPassError, match="page their cache .*convert without a target") as caught:
+        mla_pass.session(folder)
+    assert "float32" not in str(caught.value)
+
+
 def test_the_folder_tells_how_it_is_fed(folder: Path) -> None:
     told = json.loads((folder / "mla_pass.json").read_text())
     assert told["config"]["target"] == "ort-latent"

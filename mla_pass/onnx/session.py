@@ -440,7 +440,12 @@ def ort_errors(doing: str) -> Iterator[None]:
     except kinds as error:
         told = str(error).strip()
         advice = ""
-        if isinstance(error, state.NotImplemented):
+        if isinstance(error, state.NotImplemented) and "PagedAttention" in told:
+            advice = (
+                "; it is for CUDA servers that page their cache (--target ort-latent): convert without a target to run "
+                "it here"
+            )
+        elif isinstance(error, state.NotImplemented):
             advice = "; this provider has no kernel for the model's element type: export it as float32"
         elif isinstance(error, state.InvalidProtobuf):
             advice = "; expected an ONNX model"
