@@ -62,13 +62,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "block 256": {"finest_block": 256},
     "rope 8": {"rope_dims": 8},
     "no rotation": {"rope_mode": "extend"},
+    "exact rotation": {"finest_block": 1, "block_order": 0, "band_angle": 1e-9, "attention_flops": 1e9},
     "mix 0": {"metric_mix": 0.0},
     "mix 1": {"metric_mix": 1.0},
     "flops 1.5": {"attention_flops": 1.5},
     "flops 3": {"attention_flops": 3.0},
     "flops 8": {"attention_flops": 8.0},
 }
-"""What is changed in the recipe, one at a time; the metric keeps its chosen mix unless that is what changes."""
+"""What is changed in the recipe, one at a time; the metric keeps its chosen mix unless that is what changes. Exact
+rotation turns every pair in every row at whatever arithmetic: what is left of the loss is the rank's alone."""
 
 
 def measure(name: str, model: ModelSession, size: tuple[int, int], ids: np.ndarray, arguments: argparse.Namespace,
