@@ -1,12 +1,12 @@
-"""Does the converted model still see far? Loss by position, and facts found again in long text.
+"""Do converted models still see far? Loss by position, and facts found again in long text.
 
-    python benchmarks/longcontext.py ORIGINAL CONVERTED --text book.txt [--context 8192] [--windows 4] [--json]
+    python benchmarks/longcontext.py ORIGINAL CONVERTED ... --text book.txt [--context 8192] [--windows 4] [--json]
 
-Both folders are ONNX models as `mla-pass export` and `mla-pass convert` write them, and both see the same tokens.
+The folders are ONNX models as `mla-pass export` and `mla-pass convert` write them, and all see the same tokens.
 
 Loss: the text is tokenised from its start without special tokens and cut into windows of `--context`; each is
-independent. The excess is the mean difference in nats per token over the positions of a bucket, its standard error over
-windows.
+independent. The excess over the original is the mean difference in nats per token over the positions of a bucket, its
+standard error over windows.
 
 Needles: a pass key of five digits is told at some depth of a prompt whose filler comes from the same text (from behind
 the windows where it is long enough), and asked for at the end. Found means that every digit is the likeliest token when
@@ -41,30 +41,30 @@ QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Bucket:
-    """Mean loss of the tokens at positions first..last - 1 of the windows."""
+    """Mean loss of one model for the tokens at positions first..last - 1 of the windows."""
 
+    model: str
     first: int
     last: int
-    original: float
-    converted: float
+    loss: float
     excess: float
+    """Over the first model, which is the original."""
     stderr: float | None
     """Over windows; None for a single one."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Needles of one length and depth."""
+    """Needles of one length and depth, asked of one model."""
 
+    model: str
     length: int
     depth: float
     needles: int
-    original_found: float
+    found: float
     """Fraction of the needles."""
-    converted_found: float
-    original_logprob: float
+    logprob: float
     """Mean over needles of the log-probability of the answer, nats."""
-    converted_logprob: float
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,27 @@ class Prompt:
 
 
 def loss_by_position(models: Sequence[ModelSession], windows: np.ndarray) -> list[Bucket]:
-    """Buckets for the two models over windows [n, context]."""
+    """Buckets for every model over windows [n, context]; the first model is the original."""
     context = windows.shape[1]
-    losses = np.empty((2, len(windows), context - 1))
+    losses = np.empty((len(models), len(windows), context - 1))
     for which, model in enumerate(models):
         decoder = Decoder(model, 1, context)
         for index, window in enumerate(tqdm(windows, desc=model.folder.name, file=sys.stderr)):
             losses[which, index] = window_losses(decoder, window)
     edges = [edge for edge in EDGES if edge < context] + [context]
-    return [_bucket(losses, first, last) for first, last in pairwise(edges)]
+    names = [model.folder.name for model in models]
+    return [bucket for first, last in pairwise(edges) for bucket in _buckets(names, losses, first, last)]
 
 
-def _bucket(losses: np.ndarray, first: int, last: int) -> Bucket:
-    """`losses` [2, windows, context - 1]: entry i is the loss of the token at position i + 1."""
+def _buckets(names: Sequence[str], losses: np.ndarray, first: int, last: int) -> list[Bucket]:
+    """`losses` [models, windows, context - 1]: entry i is the loss of the token at position i + 1."""
     means = losses[:, :, max(first - 1, 0) : last - 1].mean(axis=2)
-    excess = means[1] - means[0]
-    stderr = float(excess.std(ddof=1) / len(excess) ** 0.5) if len(excess) > 1 else None
-    return Bucket(first, last, float(means[0].mean()), float(means[1].mean()), float(excess.mean()), stderr)
+    found = []
+    for name, mean in zip(names, means, strict=True):
+        excess = mean - means[0]
+        stderr = float(excess.std(ddof=1) / len(excess) ** 0.5) if len(excess) > 1 else None
+        found.append(Bucket(name, first, last, float(mean.mean()), float(excess.mean()), stderr))
+    return found
 
 
 def prompt(tokenizer: Tokenizer, filler: np.ndarray, length: int, depth: float, key: str) -> Prompt:
@@ -128,14 +132,14 @@ def ask(model: ModelSession, asked: Prompt) -> tuple[bool, float]:
 def needles(
     models: Sequence[ModelSession], tokenizer: Tokenizer, filler: np.ndarray, arguments: argparse.Namespace
 ) -> Iterator[Retrieval]:
-    """One line per length and depth. The same keys and fillers for both models, other ones for each needle."""
+    """Every length and depth, a line each model. The same keys and fillers for all of them, other ones each needle."""
     random = np.random.default_rng(arguments.seed)
     for length in arguments.lengths:
         for depth in arguments.depths:
             prompts = [_random_prompt(tokenizer, filler, length, depth, random) for _ in range(arguments.needles)]
-            answers = np.array([[ask(model, asked) for asked in prompts] for model in models], np.float64)
-            found, logprob = answers[..., 0].mean(axis=1).tolist(), answers[..., 1].mean(axis=1).tolist()
-            yield Retrieval(length, depth, arguments.needles, *found, *logprob)
+            for model in models:
+                found, logprob = np.mean([ask(model, asked) for asked in prompts], axis=0).tolist()
+                yield Retrieval(model.folder.name, length, depth, arguments.needles, found, logprob)
 
 
 def _random_prompt(
@@ -147,22 +151,22 @@ def _random_prompt(
 
 def loss_table(buckets: Sequence[Bucket]) -> str:
     """The buckets, aligned."""
-    lines = [f"{'positions':>12}{'original':>10}{'converted':>11}{'excess nats':>20}"]
+    wide = max((len(bucket.model) for bucket in buckets), default=0)
+    lines = [f"{'positions':>12}  {'':{wide}}{'loss':>10}{'excess nats':>20}"]
     for bucket in buckets:
         place = f"{bucket.first}-{bucket.last}"
         excess = f"{bucket.excess:.4f}" + ("" if bucket.stderr is None else f" +- {bucket.stderr:.4f}")
-        lines.append(f"{place:>12}{bucket.original:>10.4f}{bucket.converted:>11.4f}{excess:>20}")
+        lines.append(f"{place:>12}  {bucket.model:{wide}}{bucket.loss:>10.4f}{excess:>20}")
     return "\n".join(lines)
 
 
 def needle_table(rows: Sequence[Retrieval]) -> str:
-    """The needles, aligned: found and mean log-probability of the answer, original and converted."""
-    lines = [f"{'tokens':>8}{'depth':>7}{'needles':>9}{'found: original':>17}{'converted':>11}{'log p: original':>17}"
-             f"{'converted':>11}"]  # fmt: skip
+    """The needles, aligned: how many were found, and the mean log-probability of the answer."""
+    wide = max((len(row.model) for row in rows), default=0)
+    lines = [f"{'tokens':>8}{'depth':>7}{'needles':>9}  {'':{wide}}{'found':>8}{'log p':>10}"]
     for row in rows:
         lines.append(
-            f"{row.length:>8}{row.depth:>7.0%}{row.needles:>9}{row.original_found:>17.0%}{row.converted_found:>11.0%}"
-            f"{row.original_logprob:>17.3f}{row.converted_logprob:>11.3f}"
+            f"{row.length:>8}{row.depth:>7.0%}{row.needles:>9}  {row.model:{wide}}{row.found:>8.0%}{row.logprob:>10.3f}"
         )
     return "\n".join(lines)
 
@@ -171,7 +175,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path, help="folder of the exported original")
-    parser.add_argument("converted", type=Path, help="folder of the converted model")
+    parser.add_argument("converted", type=Path, nargs="+", help="folders of converted models")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=4, help="0 leaves the loss by position out")
@@ -188,7 +192,7 @@ def main() -> int:
     """Command line of this file."""
     arguments = parse()
     models = [
-        mla_pass.session(folder, threads=arguments.threads) for folder in (arguments.original, arguments.converted)
+        mla_pass.session(folder, threads=arguments.threads) for folder in (arguments.original, *arguments.converted)
     ]
     tokenizer = load_tokenizer(arguments.original)
     ids = np.array(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int64)

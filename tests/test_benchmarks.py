@@ -39,11 +39,13 @@ class TestMeasures:
         losses = np.zeros((2, 3, 2047))
         losses[0] = np.arange(1, 2048)  # the loss of the token at each position is its position
         losses[1] = losses[0] + np.array([1.0, 2.0, 3.0])[:, None]
-        bucket = longcontext._bucket(losses, 1024, 2048)
-        assert bucket.original == (1024 + 2047) / 2
-        assert bucket.excess == pytest.approx(2.0) and bucket.stderr == pytest.approx(1 / 3**0.5)
-        assert longcontext._bucket(losses, 0, 1024).original == (1 + 1023) / 2
-        assert longcontext._bucket(losses[:, :1], 0, 1024).stderr is None
+        names = ["original", "converted"]
+        original, converted = longcontext._buckets(names, losses, 1024, 2048)
+        assert (original.model, converted.model) == ("original", "converted")
+        assert original.loss == (1024 + 2047) / 2 and original.excess == 0
+        assert converted.excess == pytest.approx(2.0) and converted.stderr == pytest.approx(1 / 3**0.5)
+        assert longcontext._buckets(names, losses, 0, 1024)[0].loss == (1 + 1023) / 2
+        assert longcontext._buckets(names, losses[:, :1], 0, 1024)[1].stderr is None
 
     def test_an_answer_against_all_logits_at_once(self, tmp_path: Path) -> None:
         weights = latent_toy.weights(vocab=31, seed=4)
