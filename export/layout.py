@@ -20,6 +20,8 @@ from mla_pass.errors import MlaPassError
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+FORMATS = ("hf", "onnx", "both")
+"""What a checkpoint's conversion can write: a checkpoint, an ONNX folder, or a checkpoint with that folder inside."""
 MAX_POSITION_KEY = "mla_pass.max_position"
 """The ONNX metadata property that holds the longest position (tokens) a model was made for."""
 

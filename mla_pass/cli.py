@@ -27,6 +27,7 @@ from mla_pass.config import (
 )
 from mla_pass.console import told
 from mla_pass.errors import MlaPassError
+from mla_pass.export.layout import FORMATS
 from mla_pass.progress import Progress
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model.onnx, its folder, or a Hugging Face checkpoint's")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument(
-        "--format", choices=("onnx", "hf", "both", "deepseek_v3"),
+        "--format", choices=(*FORMATS, "deepseek_v3"),
         help="of a checkpoint: what to write, a checkpoint (the default), ONNX, both, the ONNX folder within, or one "
         "that transformers loads as DeepSeek-V3 without mla_pass",
     )  # fmt: skip

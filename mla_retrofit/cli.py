@@ -11,10 +11,11 @@ from pathlib import Path
 import mla_pass
 from mla_pass.config import MlaConfig
 from mla_pass.console import told
+from mla_pass.export.layout import FORMATS
 from mla_pass.progress import Progress
 from mla_retrofit.api import retrofit
 from mla_retrofit.compare import PROMPT, compare
-from mla_retrofit.request import DTYPES, FORMATS, Request
+from mla_retrofit.request import DTYPES, Request
 from mla_retrofit.sizes import DEFAULT_BUDGET, ROPE_MODES
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from mla_pass.config import MlaConfig
 from mla_pass.errors import MlaPassError
-from mla_pass.export.layout import has_tokenizer, quiet, require_free, require_libraries
+from mla_pass.export.layout import FORMATS, has_tokenizer, quiet, require_free, require_libraries
 from mla_pass.export.tracing import DTYPES
 from mla_retrofit.sizes import conversion_config, read_shape
 
-FORMATS = ("hf", "onnx", "both")
 FLASH = "flash_attention_2"
 
 

@@ -18,7 +18,7 @@ from mla_pass.config import MlaConfig
 from mla_pass.convert import RECORD, Progress, Result, convert, planned
 from mla_pass.errors import MlaPassError
 from mla_pass.export.hf import export_hf
-from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions, new_folder, require_free
+from mla_pass.export.layout import FORMATS, MAX_POSITION_KEY, copy_companions, new_folder, require_free
 from mla_pass.export.tracing import DTYPES, locate
 from mla_pass.onnx.emit import Conversion
 from mla_pass.onnx.io import load_model
@@ -31,7 +31,6 @@ from mla_pass.report import Report
 from mla_pass.site import AttentionSite
 from mla_pass.statistics import Calibration
 
-FORMATS = ("hf", "onnx", "both")
 ONNX_FOLDER = "onnx"
 if TYPE_CHECKING:
     from mla_pass.pytorch.deepseek import DeepseekReport
