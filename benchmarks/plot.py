@@ -72,7 +72,7 @@ def draw(curves: Curves, out: Path, title: str) -> None:
         raise mla_pass.MlaPassError(f"{out} ends in no format that matplotlib writes; expected .svg, .png or .pdf")
     figures.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
     figure, axes = figures.subplots(figsize=(6.4, 4.2), layout="constrained")
-    ordered = sorted(curves.methods, key=lambda name: (name != OURS, name))
+    ordered = sorted(curves.methods, key=lambda name: (not name.startswith(OURS), name))
     for index, name in enumerate(ordered):
         _curve(axes, name, curves.methods[name], index)
     axes.set_yscale("log")
@@ -102,7 +102,7 @@ def draw(curves: Curves, out: Path, title: str) -> None:
 
 def _curve(axes: Any, name: str, points: list[Point], index: int) -> None:
     """A line with error bars; ours is drawn heavier and on top."""
-    ours = name == OURS
+    ours = name.startswith(OURS)  # any type of the cache
     axes.errorbar(
         [point.bytes for point in points],
         [point.excess for point in points],

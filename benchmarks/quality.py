@@ -38,6 +38,8 @@ from mla_pass.onnx.session import ModelSession
 from mla_pass.onnx.text import load_tokenizer
 from mla_pass.statistics import Calibration
 
+OURS = "mla_pass"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,7 +53,7 @@ class Row:
     excess: float
     stderr: float | None
     tokens_per_second: float | None
-    method: str = "mla_pass"
+    method: str = OURS
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -111,7 +113,9 @@ class Ours:
         self.calibration = Calibration.load(arguments.stats) if known else None
         self.healed: list[Row] = []
 
-    def row(self, name: str, heal: bool = False, **options: Any) -> tuple[Row, mla_pass.MlaConfig]:
+    def row(
+        self, name: str, method: str = OURS, heal: bool = False, **options: Any
+    ) -> tuple[Row, mla_pass.MlaConfig]:  # fmt: skip
         """Convert with `options`, measure; rank and rope dims are means over the layers."""
         print(f"converting: {name}", file=sys.stderr)
         text = {"calibrate_tokens": self.arguments.calibrate_tokens, "calibrate_self": self.arguments.calibrate_self}
@@ -127,13 +131,12 @@ class Ours:
             converted = mla_pass.session(result.save(Path(folder) / "model"))
             row, _ = measure(name, converted, size, self.ids, self.arguments, self.before)
             print(table([row]), *result.report.notes, sep="\n", file=sys.stderr)
-            self.healed += self.heal(name, Path(folder), size) if heal else []
-        return row, result.config
+            if heal and self.arguments.heal:
+                self.healed.append(replace(self.heal(name, Path(folder), size), method=f"{method} healed"))
+        return replace(row, method=method), result.config
 
-    def heal(self, name: str, folder: Path, size: tuple[int, int]) -> list[Row]:
+    def heal(self, name: str, folder: Path, size: tuple[int, int]) -> Row:
         """Heal the model in `folder` on the calibration text for as long as asked, and measure again."""
-        if not self.arguments.heal:
-            return []
         config = mla_pass.HealConfig(minutes=self.arguments.heal, lr=self.arguments.heal_lr)
         clock = time.process_time()
         found = mla_pass.heal(
@@ -143,7 +146,7 @@ class Ours:
         healed = mla_pass.session(folder / "healed")
         row, _ = measure(f"{name} healed", healed, size, self.ids, self.arguments, self.before)
         print(table([row]), found.text(), f"{minutes:.1f} minutes of CPU", sep="\n", file=sys.stderr)
-        return [replace(row, method="healed")]
+        return row
 
 
 def baselines(ours: Ours, names: Sequence[str]) -> Iterator[Row]:
@@ -217,14 +220,15 @@ def main() -> int:
     for budget in arguments.budgets:
         for dtype in arguments.cache_dtypes:
             name = f"{budget:g}" if dtype == "same" else f"{budget:g} {dtype}"
-            rows.append(ours.row(name, heal=True, budget=budget, cache_dtype=dtype, **flops)[0])
+            method = OURS if dtype == "same" else f"{OURS} {dtype}"
+            rows.append(ours.row(name, method, heal=True, budget=budget, cache_dtype=dtype, **flops)[0])
     rows += ours.healed
     if arguments.ablate is not None:
         row, config = ours.row(f"all at {arguments.ablate:g}", budget=arguments.ablate, **flops)
         rows.append(row)
         for name in arguments.only:
             options = {"budget": arguments.ablate, **flops, "metric_mix": config.metric_mix, **ABLATIONS[name]}
-            rows.append(replace(ours.row(name, **options)[0], method="ablation"))
+            rows.append(ours.row(name, "ablation", **options)[0])
     if arguments.baselines:  # they need torch and transformers
         rows += baselines(ours, arguments.baselines)
     print(json.dumps([asdict(row) for row in rows], indent=2) if arguments.json else table(rows))

@@ -77,12 +77,14 @@ class TestPlot:
             {**row, "cache_bytes_per_token": 75, "excess": 0.1},
             {**row, "cache_bytes_per_token": 50, "excess": 0.2, "stderr": 0.01},
             {**row, "cache_bytes_per_token": 50, "excess": 0.4, "method": "svd"},
+            {**row, "cache_bytes_per_token": 25, "excess": 0.3, "method": "mla_pass int8"},
             {**row, "cache_bytes_per_token": 50, "excess": 0.3, "method": "ablation"},
             {**row, "cache_bytes_per_token": 100, "excess": 0.0},
         ]
         curves = plot.read(self.file(tmp_path, rows))
         ours = [plot.Point(50, 0.2, 0.01), plot.Point(75, 0.1, 0.0)]
-        assert curves == plot.Curves({plot.OURS: ours, "svd": [plot.Point(50, 0.4, 0.0)]}, 100)
+        others = {"svd": [plot.Point(50, 0.4, 0.0)], "mla_pass int8": [plot.Point(25, 0.3, 0.0)]}
+        assert curves == plot.Curves({plot.OURS: ours, **others}, 100)
 
     @pytest.mark.parametrize("rows", [{}, [{"model": "x"}], [1]])
     def test_other_files_are_refused(self, tmp_path: Path, rows: object) -> None:
