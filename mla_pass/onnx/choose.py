@@ -28,7 +28,7 @@ from mla_pass.storage import RowFormat, row_format
 Progress = Callable[[str, int, int], None]
 USUAL_MIX = 0.1
 MIXES = (0.01, 0.1, 0.3, 1.0)
-"""Weights of the balanced identity to choose from: the less is cut, and the more text was seen, the smaller."""
+"""Weights of the balanced identity to choose from."""
 BUDGETS = tuple(i / 16 for i in range(1, 17))
 """Cache sizes that a largest loss is looked for among."""
 PRICES = tuple(10.0**-e for e in (-3, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4))
