@@ -76,6 +76,8 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     for index, name in enumerate(ordered):
         _curve(axes, name, curves.methods[name], index)
     axes.set_yscale("log")
+    least = min(point.excess for points in curves.methods.values() for point in points)
+    axes.set_ylim(bottom=least / 3)  # bars that reach zero leave the figure
     axes.set_xlim(left=0)
     if curves.original is not None:
         axes.axvline(curves.original, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
@@ -89,7 +91,7 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     axes.grid(True, which="minor", axis="y", color="#f3f3f3", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="best")
     if title:
         axes.set_title(title, loc="left", fontsize=11)
     try:
