@@ -81,10 +81,10 @@ def loss_by_position(models: Sequence[ModelSession], windows: np.ndarray) -> lis
     losses = np.empty((len(models), len(windows), context - 1))
     for which, model in enumerate(models):
         decoder = Decoder(model, 1, context)
-        for index, window in enumerate(tqdm(windows, desc=model.folder.name, file=sys.stderr)):
+        for index, window in enumerate(tqdm(windows, desc=str(model.folder), file=sys.stderr)):
             losses[which, index] = window_losses(decoder, window)
     edges = [edge for edge in EDGES if edge < context] + [context]
-    names = [model.folder.name for model in models]
+    names = [str(model.folder) for model in models]
     return [bucket for first, last in pairwise(edges) for bucket in _buckets(names, losses, first, last)]
 
 
@@ -139,7 +139,7 @@ def needles(
             prompts = [_random_prompt(tokenizer, filler, length, depth, random) for _ in range(arguments.needles)]
             for model in models:
                 found, logprob = np.mean([ask(model, asked) for asked in prompts], axis=0).tolist()
-                yield Retrieval(model.folder.name, length, depth, arguments.needles, found, logprob)
+                yield Retrieval(str(model.folder), length, depth, arguments.needles, found, logprob)
 
 
 def _random_prompt(

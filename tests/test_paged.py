@@ -306,9 +306,8 @@ def test_every_node_keeps_to_the_schema_and_the_kernels_limits(folder: Path) -> 
 
 
 def test_a_session_of_its_own_is_refused_with_the_way_out(folder: Path) -> None:
-    with pytest.raises(MlaPassError, match="page their cache .*convert without a target") as caught:
+    with pytest.raises(MlaPassError, match="PagedAttention.*convert it without --target, which is for CUDA servers"):
         mla_pass.session(folder)
-    assert "float32" not in str(caught.value)
 
 
 def test_the_folder_tells_how_it_is_fed(folder: Path) -> None:

@@ -440,13 +440,11 @@ def ort_errors(doing: str) -> Iterator[None]:
     except kinds as error:
         told = str(error).strip()
         advice = ""
-        if isinstance(error, state.NotImplemented) and "PagedAttention" in told:
+        if isinstance(error, state.NotImplemented):
             advice = (
-                "; it is for CUDA servers that page their cache (--target ort-latent): convert without a target to run "
-                "it here"
+                "; this provider has no kernel for that operator in that element type: export the model as float32, "
+                "and convert it without --target, which is for CUDA servers"
             )
-        elif isinstance(error, state.NotImplemented):
-            advice = "; this provider has no kernel for the model's element type: export it as float32"
         elif isinstance(error, state.InvalidProtobuf):
             advice = "; expected an ONNX model"
         raise MlaPassError(f"{doing}: {told.splitlines()[0] if told else type(error).__name__}{advice}") from error

@@ -246,7 +246,8 @@ struct Node {
     for (Index row = 0; row < a.kv_groups * a.nope_dim; ++row) {
       const Index dim = row % a.nope_dim, pair = dim % std::max<Index>(pairs, 1);
       const bool few = staggered && dim < 2 * pairs;
-      for (Index c = 0; c < a.key_rank; ++c) values.push_back(few && c > 2 * pair + row / a.nope_dim ? 0 : 0.5 * random.normal());
+      const Index last = few ? 2 * pair + row / a.nope_dim : a.key_rank;
+      for (Index c = 0; c < a.key_rank; ++c) values.push_back(c > last ? 0 : 0.5 * random.normal());
     }
     put<T>(kKeyUp, values, {a.kv_groups, a.nope_dim, a.key_rank});
   }
