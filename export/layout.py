@@ -95,6 +95,11 @@ def copy_companions(source: Path, target: Path, *, tokenizer: bool = True) -> li
     return names
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model's, and no ONNX model's."""
+    return (folder / "config.json").is_file() and not any(folder.glob("*.onnx"))
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder carries a tokenizer that `transformers.AutoTokenizer` can read without the network."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")

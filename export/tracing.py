@@ -117,11 +117,17 @@ def prepared(model: Any, dtype: str) -> Any:
     if rope:
         raise MlaPassError(f"rotary positions of the type {rope.pop()!r} change with the length of the text, which no "
                            "fixed graph can follow: set another rope_type in config.json")  # fmt: skip
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")
+    settle_attention(model)
     if hasattr(model, "set_experts_implementation") and model.get_experts_implementation() is not None:
         model.set_experts_implementation("batched_mm")
     return model
+
+
+
+def settle_attention(model: Any) -> None:
+    """Choose an implementation of attention that caps scores where the model does."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")
 
 
 

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mla_pass.convert import Result as Result
     from mla_pass.convert import convert as convert
     from mla_pass.convert import explain as explain
+    from mla_pass.healing.config import HealConfig as HealConfig
+    from mla_pass.healing.config import Healing as Healing
+    from mla_pass.healing.run import heal as heal
     from mla_pass.onnx.passes import MlaPass as MlaPass
     from mla_pass.onnx.session import session as session
     from mla_pass.pytorch.cache import LatentCache as LatentCache
     from mla_pass.pytorch.convert import convert_checkpoint as convert_checkpoint
-    from mla_pass.pytorch.heal import heal as heal
-    from mla_pass.pytorch.healing import HealConfig as HealConfig
-    from mla_pass.pytorch.healing import Healing as Healing
 
 __version__ = "0.1.0"
 
@@ -44,8 +44,8 @@ if not (_here / "patterns").is_dir() and (_here.parent / "patterns").is_dir():
     __path__.append(str(_here.parent))
 
 _HOME = {
-    "HealConfig": "mla_pass.pytorch.healing",
-    "Healing": "mla_pass.pytorch.healing",
+    "HealConfig": "mla_pass.healing.config",
+    "Healing": "mla_pass.healing.config",
     "LatentCache": "mla_pass.pytorch.cache",
     "MlaConfig": "mla_pass.config",
     "MlaPass": "mla_pass.onnx.passes",
@@ -53,7 +53,7 @@ _HOME = {
     "convert": "mla_pass.convert",
     "convert_checkpoint": "mla_pass.pytorch.convert",
     "explain": "mla_pass.convert",
-    "heal": "mla_pass.pytorch.heal",
+    "heal": "mla_pass.healing.run",
     "session": "mla_pass.onnx.session",
 }
 

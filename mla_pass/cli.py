@@ -27,7 +27,7 @@ from mla_pass.config import (
 )
 from mla_pass.console import told
 from mla_pass.errors import MlaPassError
-from mla_pass.export.layout import FORMATS
+from mla_pass.export.layout import FORMATS, is_checkpoint
 from mla_pass.progress import Progress
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _convert_to_deepseek(
 def _is_checkpoint(arguments: argparse.Namespace) -> bool:
     """Whether the model is a Hugging Face checkpoint and no ONNX model."""
     folder: Path = arguments.model
-    found = (folder / "config.json").is_file() and not any(folder.glob("*.onnx"))
+    found = is_checkpoint(folder)
     if not found and (arguments.format not in (None, "onnx") or arguments.dtype is not None):
         raise MlaPassError(
             f"{folder} is no Hugging Face checkpoint; --format {arguments.format or 'hf'} and --dtype are for one: "
@@ -274,7 +274,7 @@ def _config(arguments: argparse.Namespace) -> MlaConfig:
 
 
 def _add_heal(parser: argparse.ArgumentParser) -> None:
-    from mla_pass.pytorch.healing import HealConfig
+    from mla_pass.healing.config import HealConfig
 
     default = HealConfig()
     parser.add_argument("original", type=Path, help="folder of the original model")
@@ -296,7 +296,7 @@ def _add_heal(parser: argparse.ArgumentParser) -> None:
 
 
 def _heal(arguments: argparse.Namespace) -> int:
-    from mla_pass.pytorch.healing import HealConfig
+    from mla_pass.healing.config import HealConfig
 
     names = ("minutes", "tokens", "context", "batch", "lr", "seed")
     config = HealConfig(**{name: getattr(arguments, name) for name in names})

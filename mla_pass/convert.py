@@ -204,7 +204,7 @@ def token_source(
     path = Path(calibrate)
     if not path.is_file():
         raise MlaPassError(f"calibration text {path} does not exist; give a text file, token ids in .npy, or 'self'")
-    ids = read_ids(path) if path.suffix == ".npy" else read_text(path, source)
+    ids = read_ids(path) if path.suffix == ".npy" else read_text(path, source.parent)
     return (lambda count: ids), str(path)
 
 
@@ -239,12 +239,12 @@ def as_token_ids(ids: np.ndarray, origin: str) -> np.ndarray:
     return ids.reshape(-1).astype(np.int64)
 
 
-def read_text(path: Path, source: Path) -> np.ndarray:
-    """Token ids of a text file by the tokenizer beside the model."""
+def read_text(path: Path, folder: Path) -> np.ndarray:
+    """Token ids of a text file by the tokenizer in a model's folder."""
     from mla_pass.onnx.text import load_tokenizer
 
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MlaPassError(f"{path} is not UTF-8 text; give a text file, or token ids in .npy") from error
-    return np.array(load_tokenizer(source.parent).encode(text), np.int64)
+    return np.array(load_tokenizer(folder).encode(text), np.int64)

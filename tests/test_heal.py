@@ -15,16 +15,17 @@ import torch
 
 import mla_pass
 from mla_pass import HealConfig, MlaConfig, MlaPassError, cli
+from mla_pass.healing import distill, plot
+from mla_pass.healing.config import HELD_OUT
+from mla_pass.healing.distill import Distillation
+from mla_pass.healing.graph_weights import find_trainable, latent_nodes
+from mla_pass.healing.graphs import GraphPredictor, before_logits
+from mla_pass.healing.optimizer import Optimizer, inverse_root
+from mla_pass.healing.state import SavedState
 from mla_pass.onnx.io import load_model
 from mla_pass.onnx.perplexity import sample_tokens
 from mla_pass.onnx.verify import verify
-from mla_pass.pytorch import distill, plot
-from mla_pass.pytorch.checkpoint import Checkpoint
-from mla_pass.pytorch.distill import Distillation, before_logits
 from mla_pass.pytorch.graph import TorchGraph, together
-from mla_pass.pytorch.healing import HELD_OUT
-from mla_pass.pytorch.optimizer import Optimizer, inverse_root
-from mla_pass.pytorch.trainable import find_trainable, latent_nodes
 from tests.families import VOCAB, exported
 from tests.threads import one_thread  # noqa: F401  applies to every test
 
@@ -115,7 +116,7 @@ def test_weights_keep_their_type_and_the_result_is_that_of_rounded_weights(
     stored = weights(tmp_path / "out")
     assert {stored[name].dtype.name for name in healing.weights} == {"float16"}
     models = load_model(source), load_model(tmp_path / "out")
-    distillation = Distillation(*models, find_trainable(models[1]).values)
+    distillation = Distillation(*map(GraphPredictor, models), find_trainable(models[1]))
     ids = torch.from_numpy(text[-HELD_OUT:])
     assert distillation.divergence(ids, distillation.aim(ids)) == pytest.approx(healing.after, rel=1e-5)
 
@@ -211,7 +212,7 @@ def test_a_state_is_for_one_run(convert: Callable[..., Path], tmp_path: Path) ->
 
 
 def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "state", "a")
+    checkpoint = SavedState(tmp_path / "state", "a")
     checkpoint.begin(np.arange(6).reshape(2, 3))
     checkpoint.save({"x": torch.ones(3)}, {"step": 1})
     (tmp_path / "state" / "state.json.partial").mkdir()
@@ -292,9 +293,10 @@ def test_without_torch_it_says_what_to_install(tmp_path: Path, monkeypatch: pyte
 
 def test_every_weight_around_the_node_is_found(convert: Callable[..., Path]) -> None:
     def shapes(folder: Path) -> list[tuple[int, ...]]:
-        found = find_trainable(load_model(folder))
+        model = load_model(folder)
+        found = find_trainable(model)
         assert found.left_out == ()
-        return sorted(tuple(value.shape.numpy()) for value in found.values)
+        return sorted(tuple(model.graph.initializers[name].shape.numpy()) for name in found.names)
 
     node = latent_nodes(load_model(convert("llama")))[0]
     maps = [tuple(value.shape.numpy()) for value in node.inputs[10:]]
@@ -303,21 +305,22 @@ def test_every_weight_around_the_node_is_found(convert: Callable[..., Path]) -> 
     assert shapes(convert("llama")) == sorted(plain * 2)
     assert shapes(convert("phi3")) == sorted([(64, 128) if place == 0 else s for place, s in enumerate(plain)] * 2)
     assert {(64,), (64, 64)} <= set(shapes(convert("qwen2")))  # biases of the query projection
-    absorbed = find_trainable(load_model(convert("llama", absorb="always", rope_mode="extend"))).values
+    absorbed = find_trainable(load_model(convert("llama", absorb="always", rope_mode="extend"))).names
     names = ("latent_proj.bias", "latent_proj.weight", "o_proj_latent.bias", "o_proj_latent.weight")
-    assert sorted(str(v.name) for v in absorbed) == sorted(
+    assert sorted(absorbed) == sorted(
         f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in (*names, "q_proj_latent.weight")
     )
 
 
 def test_weights_that_others_read_are_left_out(convert: Callable[..., Path]) -> None:
     model = load_model(convert("llama"))
-    first, second, *_ = [v for v in find_trainable(model).values if v.shape == ir.Shape([64, 64])]
+    values = [model.graph.initializers[name] for name in find_trainable(model).names]
+    first, second, *_ = [value for value in values if value.shape == ir.Shape([64, 64])]
     model.graph.append(ir.Node("", "Identity", [first], name="other"))
     twin = ir.val("twin", const_value=second.const_value)
     model.graph.register_initializer(twin)
     found = find_trainable(model)
-    assert {first, second}.isdisjoint(found.values)
+    assert {first.name, second.name}.isdisjoint(found.names)
     assert sorted(told.split()[0] for told in found.left_out) == sorted([str(first.name), str(second.name)])
     assert "other" in " ".join(found.left_out) and "shares its data" in " ".join(found.left_out)
 
@@ -328,21 +331,21 @@ def test_gradients_in_pieces_are_those_of_the_whole(
 ) -> None:
     monkeypatch.setattr(distill, "LOGITS", 7 * VOCAB)
     original, model = load_model(exported(family)), load_model(convert(family))
-    values = find_trainable(model).values
+    trainable = find_trainable(model)
     ids = torch.from_numpy(written(family)[:2])
-    distillation = Distillation(original, model, values)
+    distillation = Distillation(GraphPredictor(original), GraphPredictor(model), trainable)
     total = distillation.backward(ids[:1], 0.5) + distillation.backward(ids[1:], 0.5)
 
     with torch.no_grad():
         graph = TorchGraph(original)
         aim = graph.run(ids, wanted=[graph.logits])[graph.logits].log_softmax(-1)
     graph = TorchGraph(model)
-    leaves = [graph.parameters[str(value.name)].requires_grad_(True) for value in values]
+    leaves = [graph.parameters[name].requires_grad_(True) for name in trainable.names]
     found = graph.run(ids, wanted=[graph.logits])[graph.logits].log_softmax(-1)
     loss = (aim.exp() * (aim - found)).sum(-1).mean()
     assert total / 2 == pytest.approx(loss.item(), rel=1e-5)
-    for value, want in zip(values, torch.autograd.grad(loss, leaves), strict=True):
-        got = distillation.parameters[str(value.name)].grad
+    for name, want in zip(trainable.names, torch.autograd.grad(loss, leaves), strict=True):
+        got = distillation.parameters[name].grad
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
 
 

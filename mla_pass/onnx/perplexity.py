@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -113,9 +115,7 @@ def sample_tokens(
 ) -> np.ndarray:  # fmt: skip
     """At least `count` tokens of text that the model writes by itself, int64 [ceil(count / length), length].
 
-    Every row starts with the model's BOS, else its EOS (which stands between texts in training data), else a token
-    drawn at random, and runs on past an EOS: another text may follow. Equal arguments give equal rows. `progress` hears
-    (tokens written, all there are to write).
+    See `sample_rows`. `progress` hears (tokens written, all there are to write).
     """
     if count < 1 or length < 2 or batch < 1:
         raise MlaPassError(
@@ -126,41 +126,63 @@ def sample_tokens(
             f"rows of {length} tokens need {length - 1} positions; the model has {session.max_position}: "
             "ask for shorter rows"
         )
-    config = GenerateConfig(temperature=temperature, seed=seed)
-    rows = -(-count // length)
-    random = generators(seed, rows)
-    special = special_ids(session.folder)
+    return sample_rows(
+        lambda rows: Decoder(session, rows, length), -(-count // length), length=length, batch=batch,
+        folder=session.folder, vocab=session.vocab, config=GenerateConfig(temperature=temperature, seed=seed),
+        progress=progress,
+    )  # fmt: skip
+
+
+class Steps(Protocol):
+    """A model that is given one token of every row at a time."""
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits [B, vocab] behind tokens [B]."""
+
+
+def sample_rows(
+    begin: Callable[[int], Steps], rows: int, *, length: int, batch: int, folder: Path, vocab: int | None,
+    config: GenerateConfig | None = None, progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Text that a model writes by itself, int64 [rows, length]; `begin` starts so many rows of it side by side.
+
+    Every row starts with the model's BOS, else its EOS (which stands between texts in training data), else a token
+    drawn at random, and runs on past an EOS: another text may follow. Equal arguments give equal rows. `folder` states
+    these ids.
+    """
+    config = config or GenerateConfig(temperature=1.0)
+    random = generators(config.seed, rows)
+    special = special_ids(folder)
     start = special.bos if special.bos is not None else (special.eos[0] if special.eos else None)
     parts = []
     for first in range(0, rows, batch):
         sources = random[first : first + batch]
-        opening = [_any_token(session, source) if start is None else start for source in sources]
+        opening = [_any_token(folder, vocab, source) if start is None else start for source in sources]
         told = (lambda new, done=first: progress(done * length + new, rows * length)) if progress else None
-        parts.append(_write(session, np.array(opening), length, config, sources, told))
+        parts.append(_write(begin(len(sources)), np.array(opening), length, config, sources, told))
     return np.concatenate(parts)
 
 
 def _write(
-    session: ModelSession, opening: np.ndarray, length: int, config: GenerateConfig,
-    random: Sequence[np.random.Generator], told: Callable[[int], None] | None,
+    model: Steps, opening: np.ndarray, length: int, config: GenerateConfig, random: Sequence[np.random.Generator],
+    told: Callable[[int], None] | None,
 ) -> np.ndarray:  # fmt: skip
     """Rows [batch, length] behind their first tokens; `told` how many tokens there are, after each step."""
-    decoder = Decoder(session, len(opening), length)
     columns = [opening]
     while len(columns) < length:
-        columns.append(next_tokens(decoder.step(columns[-1]), config, random))
+        columns.append(next_tokens(model.step(columns[-1]), config, random))
         if told is not None:
             told(len(columns) * len(opening))
     return np.stack(columns, axis=1).astype(np.int64)
 
 
-def _any_token(session: ModelSession, random: np.random.Generator) -> int:
-    if session.vocab is None:
+def _any_token(folder: Path, vocab: int | None, random: np.random.Generator) -> int:
+    if vocab is None:
         raise MlaPassError(
-            f"{session.folder} states neither a BOS nor an EOS id nor the vocabulary's size; "
+            f"{folder} states neither a BOS nor an EOS id nor the vocabulary's size; "
             "add generation_config.json with bos_token_id"
         )
-    return int(random.integers(session.vocab))
+    return int(random.integers(vocab))
 
 
 def _stderr(values: npt.ArrayLike) -> float | None:

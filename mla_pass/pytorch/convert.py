@@ -25,7 +25,7 @@ from mla_pass.onnx.io import load_model
 from mla_pass.onnx.passes import check_calibration
 from mla_pass.onnx.session import model_path
 from mla_pass.patterns import find_sites
-from mla_pass.pytorch.folder import read_config, weight_files, write_cache, write_model
+from mla_pass.pytorch.folder import check, read_config, weight_files, write_cache, write_model
 from mla_pass.pytorch.spec import by_layer_number, layer_spec
 from mla_pass.report import Report
 from mla_pass.site import AttentionSite
@@ -163,23 +163,3 @@ def whole(exported: Path, result: Result) -> tuple[Conversion, ...]:
     """The conversions on a fresh reading of the graph: the one that was rewritten has lost what it was read from."""
     sites = {site.name: site for site in find_sites(load_model(exported)) if isinstance(site, AttentionSite)}
     return by_layer_number([replace(c, site=sites[c.site.name]) for c in result.conversions])
-
-
-def check(folder: Path) -> None:
-    """Load a folder and run a token. Raises MlaPassError when weights are missing or logits are not finite."""
-    from transformers import AutoModelForCausalLM
-
-    from mla_pass.export.layout import quiet
-
-    with quiet():
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    wrong = [*loading["missing_keys"], *loading["unexpected_keys"]]
-    if wrong:
-        raise MlaPassError(
-            f"the converted checkpoint does not fit its model: {len(wrong)} weights, {sorted(wrong)[0]} among them, "
-            "are missing or not expected; nothing was written"
-        )
-    with torch.no_grad():
-        logits = model.eval()(torch.zeros(1, 3, dtype=torch.int64)).logits
-    if not torch.isfinite(logits).all():
-        raise MlaPassError("the converted model's logits are not finite; nothing was written")

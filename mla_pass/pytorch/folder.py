@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mla_pass.errors import MlaPassError
+from mla_pass.export.layout import quiet
 from mla_pass.onnx.emit import Conversion
 from mla_pass.pytorch.modeling import KEY, MODEL_TYPE, BlockSpec
 from mla_pass.pytorch.spec import FORMAT_VERSION, LatentLayer, LayerSpec, as_torch, latent_layer, layer_spec, maps_of
@@ -90,8 +91,8 @@ def load_layers(folder: Path) -> tuple[list[LatentLayer], int]:
         )
     if not (folder / CACHE_FILE).is_file():
         raise MlaPassError(
-            f"{folder} has no {CACHE_FILE}: its conversion leaves numbers of a key un-rotated, which only an attention "
-            "of our own can reckon with; load the folder as a model, or convert without rope_mode"
+            f"{folder} has no {CACHE_FILE}: it was healed, or its conversion leaves numbers of a key un-rotated, so "
+            "that only an attention of our own can serve it; load the folder as a model, or convert without rope_mode"
         )
     if told.get("format_version") != FORMAT_VERSION:
         raise MlaPassError(
@@ -227,3 +228,21 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> dict[st
     if held:
         flush()
     return placed
+
+
+def check(folder: Path) -> None:
+    """Load a folder and run a token. Raises MlaPassError when weights are missing or logits are not finite."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if wrong:
+        raise MlaPassError(
+            f"the converted checkpoint does not fit its model: {len(wrong)} weights, {sorted(wrong)[0]} among them, "
+            "are missing or not expected; nothing was written"
+        )
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(1, 3, dtype=torch.int64)).logits
+    if not torch.isfinite(logits).all():
+        raise MlaPassError("the converted model's logits are not finite; nothing was written")

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import fx
 from torch.export import ExportedProgram
 
 from mla_pass.calibrate import Run, tokens_needed
@@ -25,6 +24,8 @@ from mla_pass.onnx.emit import Conversion
 from mla_pass.onnx.instrument import heads_first
 from mla_pass.onnx.passes import DEFAULT_MAX_POSITIONS, MlaPass
 from mla_pass.pytorch.emit import copied, emit
+from mla_pass.pytorch.inputs import fed, roles_of
+from mla_pass.pytorch.piece import to_numpy
 from mla_pass.pytorch.view import FxView, writing
 from mla_pass.site import AttentionSite
 
@@ -90,29 +91,17 @@ def instrument(view: FxView, sites: Sequence[AttentionSite]) -> Run:
     """
     branches = [branch for site in sites for branch in (site.query, site.key, site.value)]
     piece = view.block([branch.value for branch in branches], ())
-    known = {site.rope.positions: "positions" for site in sites}
-    known |= {site.mask.padding: "mask" for site in sites if site.mask.padding is not None}
+    known = roles_of(sites)
 
     def forward(ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        feeds = {node: fed(node, known.get(node, ""), ids) for node in piece.needs}
-        arrays = [heads_first(array, each) for array, each in zip(piece.run(feeds), branches, strict=True)]
+        tokens = torch.from_numpy(ids)[None]
+        feeds = {node: fed(node, known.get(node, ""), tokens) for node in piece.needs}
+        with torch.no_grad():
+            found = [to_numpy(x) for x in piece.compute(feeds)]
+        arrays = [heads_first(array, each) for array, each in zip(found, branches, strict=True)]
         return [(arrays[i], arrays[i + 1], arrays[i + 2]) for i in range(0, len(arrays), 3)]
 
     return Run(forward)
-
-
-def fed(node: fx.Node, role: str, ids: np.ndarray) -> np.ndarray:
-    """What an input gets for one sequence over an empty cache."""
-    value = node.meta["val"]
-    if value.dim() == 4:
-        return np.zeros((1, int(value.shape[1]), 0, int(value.shape[3])), np.float32)
-    if value.dim() != 2 or value.dtype.is_floating_point:
-        raise MlaPassError(
-            f"input {node.name} of {value.dim()} axes and type {value.dtype} is unknown to calibration; expected token "
-            "ids, attention mask and positions [batch, tokens], and the caches"
-        )
-    feeds = {"positions": np.arange(len(ids)), "mask": np.ones_like(ids)}
-    return feeds.get(role, ids)[None].astype(bool if value.dtype == torch.bool else np.int64)
 
 
 def same_site(sites: dict[str, AttentionSite], site: AttentionSite) -> AttentionSite:

@@ -184,13 +184,17 @@ class FxView:
 
 def lifted(program: ExportedProgram) -> dict[fx.Node, Tensor]:
     """The program's parameters, buffers and constants, by the placeholders that stand for them."""
+    tensors = {**program.constants, **program.state_dict}
+    return {node: tensors[name] for node, name in lifted_names(program).items()}
+
+
+def lifted_names(program: ExportedProgram) -> dict[fx.Node, str]:
+    """Their names."""
     signature = program.graph_signature
     targets = {
         **signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants,
     }  # fmt: skip
-    tensors = {**program.constants, **program.state_dict}
-    placeholders = program.graph.find_nodes(op="placeholder")
-    return {node: tensors[targets[node.name]] for node in placeholders if node.name in targets}
+    return {node: targets[node.name] for node in program.graph.find_nodes(op="placeholder") if node.name in targets}
 
 
 def writing(program: ExportedProgram) -> list[str]:

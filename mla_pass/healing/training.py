@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mla_pass.errors import MlaPassError
-from mla_pass.pytorch.checkpoint import Checkpoint
-from mla_pass.pytorch.distill import Distillation
-from mla_pass.pytorch.healing import HELD_OUT, HealConfig, Measurement
-from mla_pass.pytorch.optimizer import Optimizer
+from mla_pass.healing.config import HELD_OUT, HealConfig, Measurement
+from mla_pass.healing.distill import Distillation
+from mla_pass.healing.optimizer import Optimizer
+from mla_pass.healing.state import SavedState
 
 PARTS = 10
 """A run is measured at its start and after each of so many parts."""
@@ -51,11 +51,11 @@ class Training:
     """One run over token ids; after an interruption another one goes on from its state, to the same result."""
 
     def __init__(
-        self, distillation: Distillation, windows: np.ndarray, config: HealConfig, checkpoint: Checkpoint,
+        self, distillation: Distillation, windows: np.ndarray, config: HealConfig, saved: SavedState,
         progress: Progress,
     ) -> None:  # fmt: skip
         """`windows` [n, context]: the last `HELD_OUT` are never trained on."""
-        self.distillation, self.config, self.checkpoint, self.progress = distillation, config, checkpoint, progress
+        self.distillation, self.config, self.saved, self.progress = distillation, config, saved, progress
         self.windows = torch.from_numpy(windows)
         self.aims = [distillation.aim(window[None]) for window in self.windows[-HELD_OUT:]]
         self.optimizer = Optimizer(distillation.parameters, distillation.staggered)
@@ -75,16 +75,16 @@ class Training:
 
         A KeyboardInterrupt saves the last whole step before it goes on. Raises MlaPassError when the loss diverges.
         """
-        began = saved = time.monotonic()
+        began = last = time.monotonic()
         earlier = self.course.seconds
         try:
             while self.done() < 1:
                 self._step()
                 self.course.seconds = earlier + time.monotonic() - began
                 self._report()
-                if time.monotonic() - saved > SAVE_SECONDS:
+                if time.monotonic() - last > SAVE_SECONDS:
                     self.save()
-                    saved = time.monotonic()
+                    last = time.monotonic()
             self.save()  # should writing the result fail, all is here
         except KeyboardInterrupt:
             if self._whole:  # else the state of a minute ago has to do
@@ -113,7 +113,7 @@ class Training:
 
     def save(self) -> None:
         """Put a state on disk."""
-        self.checkpoint.save(self._tensors(), asdict(self.course))
+        self.saved.save(self._tensors(), asdict(self.course))
 
     def _step(self) -> None:
         """One batch, one update; `_whole` is false while weights and course do not fit together."""
@@ -122,7 +122,7 @@ class Training:
         loss = sum(self.distillation.backward(piece, len(piece) / len(batch)) * len(piece) for piece in pieces)
         loss /= len(batch)
         if not math.isfinite(loss):
-            self.checkpoint.remove()
+            self.saved.remove()
             raise MlaPassError(
                 f"the loss of step {self.course.step} is {loss}: healing diverged; use a learning rate below "
                 f"{self.config.lr:g}"

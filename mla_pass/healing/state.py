@@ -22,7 +22,7 @@ WINDOWS = "windows.npy"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedState:
     """The folder `{out}.heal-state` of one run.
 
     It holds the run's text, windows.npy, and state.json, which names the file of tensors it belongs to. That file is

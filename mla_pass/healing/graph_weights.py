@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from mla_pass.errors import MlaPassError
+from mla_pass.healing.subject import Trainable
 from mla_pass.onnx.body import DOMAIN, INPUTS, OP_TYPE
 from mla_pass.onnx.cut import constant_tensor
 
@@ -20,19 +20,8 @@ _SIZES = {"Shape", "Size"}
 _LAYOUT = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 
 
-@dataclass(frozen=True)
-class Trainable:
-    """Initializers to train, in the graph's order, and for each that was found but is not, why."""
-
-    values: tuple[ir.Value, ...]
-    left_out: tuple[str, ...]
-    staggered: frozenset[str]
-    """Names of those whose zeros must stay: the key_up of each site, which decoding reads no further than them
-    (mla_pass/fold/staggered.py). A turn of the latent makes them of any key_up, so nothing is lost by it."""
-
-
 def find_trainable(model: ir.Model) -> Trainable:
-    """The matrices, biases and means around every LatentAttention node that nothing else reads.
+    """The initializers around every LatentAttention node that nothing else reads: matrices, biases and means.
 
     Raises MlaPassError when the model has no such node, or nothing that may be trained.
     """
@@ -43,15 +32,15 @@ def find_trainable(model: ir.Model) -> Trainable:
     found = dict.fromkeys(value for node in nodes for value in walk.around(node))
     shared = Counter(id(value.const_value) for value in model.graph.initializers.values())
     reasons = {value: _reason(value, shared) for value in found}
-    values = tuple(value for value, reason in reasons.items() if not reason)
-    if not values:
+    names = tuple(str(value.name) for value, reason in reasons.items() if not reason)
+    if not names:
         raise MlaPassError(
             "every matrix around the latent attention is read elsewhere, too, so none can be healed; export the model "
             "with weights of its own for each layer"
         )
     left_out = tuple(f"{value.name} {reason}" for value, reason in reasons.items() if reason)
     decoders = (dict(zip(INPUTS, node.inputs, strict=False)).get("key_up") for node in nodes)
-    return Trainable(values, left_out, frozenset(str(value.name) for value in decoders if value is not None))
+    return Trainable(names, left_out, frozenset(str(value.name) for value in decoders if value is not None))
 
 
 def latent_nodes(model: ir.Model) -> list[ir.Node]:
