@@ -277,12 +277,12 @@ def _add_heal(parser: argparse.ArgumentParser) -> None:
     from mla_pass.healing.config import HealConfig
 
     default = HealConfig()
-    parser.add_argument("original", type=Path, help="folder of the original model")
-    parser.add_argument("converted", type=Path, help="folder that convert wrote from it")
+    parser.add_argument("original", type=Path, help="folder of the original: ONNX or a checkpoint; or a program's .pt2")
+    parser.add_argument("converted", type=Path, help="what convert made of it, of the same kind")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument(
         "--text", default="self", metavar="self|FILE.txt|IDS.npy",
-        help="text to train on; `self`, the default, lets the original model write it",
+        help="text to train on; `self`, the default, lets the original model write it. A program takes ids alone",
     )  # fmt: skip
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=default.minutes, metavar="M", help=f"({default.minutes:g})")

@@ -105,8 +105,9 @@ class ProgramPredictor:
         self.parameters, weights = weights_of(view, trained, device)
         logits = logits_of(view)
         before = before_logits(view, logits)
-        self._body = Piece(view.program.graph, [before], (), weights, device=device)
-        self._head = Piece(view.program.graph, [logits], [before], weights, device=device)
+        graph = view.program.graph
+        self._body = Piece(graph, [before], (), weights, stopped=corrections(view), device=device)
+        self._head = Piece(graph, [logits], [before], weights, device=device)
         try:
             with torch.no_grad():
                 self.vocab = self.logits(self.hidden(torch.zeros(1, 1, dtype=torch.int64))).shape[-1]
@@ -194,6 +195,18 @@ def before_logits(view: FxView, logits: fx.Node) -> fx.Node:
         if view.op(value) not in _POINTWISE:
             return logits
         value = varying[0]
+
+
+def corrections(view: FxView) -> set[fx.Node]:
+    """Every y - x that is nothing but added to x. x + (y - x) is y: so it is written, with a rounded y of 8 bits, for
+    gradients to pass x as if it were y. An exported program keeps the sum, and not that y has no part in gradients."""
+    found = set()
+    for node in view.results():
+        if view.op(node) == "sub" and [view.op(user) for user in view.users(node)] == ["add"]:
+            others = [x for x in view.inputs(view.users(node)[0]) if x is not node]
+            if others == [view.inputs(node)[1]]:
+                found.add(node)
+    return found
 
 
 # ---- weights

@@ -6,7 +6,7 @@ what has been read for the last time is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,11 @@ class Piece:
 
     def __init__(
         self, graph: fx.Graph, outputs: Sequence[fx.Node], given: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor],
-        *, device: str = "cpu",
+        *, stopped: Collection[fx.Node] = (), device: str = "cpu",
     ) -> None:  # fmt: skip
-        """`weights` are the placeholders that the piece knows by itself; all is computed on `device`."""
-        self.device = torch.device(device)
+        """`weights` are the placeholders that the piece knows by itself, `stopped` the nodes that no gradient passes;
+        all is computed on `device`."""
+        self.device, self.stopped = torch.device(device), stopped
         self.outputs, self.given, self.weights = tuple(outputs), tuple(given), weights
         needed = reached(outputs, set(given))
         self.nodes = [node for node in graph.nodes if node in needed]
@@ -67,10 +68,11 @@ class Piece:
             raise EvaluationError(f"{node.name!r} ({node.op}) cannot be run by itself")
         args, kwargs = (map_aggregate(given, lambda x: self._operand(x, found)) for given in (node.args, node.kwargs))
         try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EvaluationError(f"torch cannot run {node.name!r} ({node.target}): {first}") from error
+        return value.detach() if node in self.stopped else value
 
     def _wide(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, torch.float32 if tensor.dtype in _HALF else tensor.dtype)
