@@ -49,11 +49,6 @@ GUIDE = ("llama", "qwen2", "mistral", "mixtral", "gemma2", "phi3")
 """A family of each that the MLA-Retrofit guide names."""
 
 
-def families(*quick: str) -> list[Any]:
-    """Those of `GUIDE`, slow ones marked."""
-    return [pytest.param(family, marks=() if family in quick else pytest.mark.slow) for family in GUIDE]
-
-
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     logging.getLogger("torch.__trace").propagate = False  # a test's log is no place for every step of a trace
@@ -151,14 +146,16 @@ def gradients(subject: Subject, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
     return loss, {name: weight.grad for name, weight in distillation.parameters.items()}
 
 
-def check_gradients(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+def check_gradients(found: dict[str, Tensor], right: dict[str, Tensor], cache_dtype: str = "same") -> None:
     """Every weight's gradient is that of one in the ONNX graph, or of its transpose; names and places differ there.
 
-    But for a checkpoint's output projection, which reads contexts without the values' mean: that is in its bias.
+    But for a checkpoint's output projection, which reads contexts without the values' mean: that is in its bias. Among
+    rows of 8 bits there are numbers on the edge between two.
     """
+    tolerance = 1e-3 if cache_dtype == "same" else 1e-2
 
     def alike(one: Tensor, other: Tensor) -> bool:
-        return one.shape == other.shape and bool((one - other).norm() <= 1e-3 * other.norm() + 1e-9)
+        return one.shape == other.shape and bool((one - other).norm() <= tolerance * other.norm() + 1e-9)
 
     unknown = [
         name for name, got in found.items()
@@ -167,17 +164,26 @@ def check_gradients(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert [name for name in unknown if ".output." not in name] == []
 
 
-@pytest.mark.parametrize("family", families("llama", "mixtral", "gemma2"))
-def test_a_checkpoint_has_the_losses_and_gradients_of_its_onnx_conversion(family: str) -> None:
-    made, ids = converted(family, 0.5), torch.from_numpy(written(family)[:2])
+@pytest.mark.parametrize(
+    ("family", "cache_dtype"),
+    [*((family, "same") for family in ("llama", "mixtral", "gemma2")), ("llama", "float8"),
+     *(pytest.param(family, "same", marks=pytest.mark.slow) for family in ("qwen2", "mistral", "phi3"))],
+)  # fmt: skip
+def test_a_checkpoint_has_the_losses_and_gradients_of_its_onnx_conversion(
+    family: str, cache_dtype: str
+) -> None:
+    made, ids = converted(family, 0.5, cache_dtype=cache_dtype), torch.from_numpy(written(family)[:2])
     loss, found = gradients(CheckpointSubject(made.source, made.checkpoint, "cpu"), ids)
     want, right = gradients(GraphSubject(exported(family), made.onnx, "cpu"), ids)
     assert loss == pytest.approx(want, rel=1e-3)
-    check_gradients(found, right)
+    check_gradients(found, right, cache_dtype)
 
 
-@pytest.mark.parametrize("family", families("llama"))
-@pytest.mark.parametrize("cache_dtype", ["same", "float8"])
+@pytest.mark.parametrize(
+    ("family", "cache_dtype"),
+    [("llama", "same"), ("llama", "float8"),
+     *(pytest.param(family, "same", marks=pytest.mark.slow) for family in GUIDE if family != "llama")],
+)  # fmt: skip
 def test_a_program_has_the_losses_and_gradients_of_its_onnx_conversion(
     family: str, cache_dtype: str, tmp_path: Path
 ) -> None:
@@ -186,7 +192,7 @@ def test_a_program_has_the_losses_and_gradients_of_its_onnx_conversion(
     loss, found = gradients(ProgramSubject(original_program(family), program, "cpu"), ids)
     want, right = gradients(GraphSubject(exported(family), result.save(tmp_path / "onnx"), "cpu"), ids)
     assert loss == pytest.approx(want, rel=1e-3)
-    check_gradients(found, right)
+    check_gradients(found, right, cache_dtype)
 
 
 def test_keys_and_values_behind_norms_stay_the_originals() -> None:
