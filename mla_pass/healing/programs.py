@@ -78,7 +78,8 @@ class ProgramSubject(Subject):
 
     def settle(self, name: str, weight: Tensor) -> Tensor:
         """See `Subject.settle`."""
-        self._settled[name] = weight.detach().cpu().to(self._programs[1].state_dict[name].dtype)
+        stored = self._programs[1].state_dict[name]
+        self._settled[name] = weight.detach().to(stored.device, stored.dtype, copy=True)
         return self._settled[name].float()
 
     def write(self, folder: Path) -> None:
