@@ -17,14 +17,15 @@ import mla_pass
 from mla_pass import HealConfig, MlaConfig, MlaPassError, cli
 from mla_pass.healing import distill, plot
 from mla_pass.healing.config import HELD_OUT
-from mla_pass.healing.distill import Distillation
+from mla_pass.healing.distill import Distillation, before_logits
 from mla_pass.healing.graph_weights import find_trainable, latent_nodes
-from mla_pass.healing.graphs import GraphPredictor, before_logits
+from mla_pass.healing.graphs import GraphPredictor
 from mla_pass.healing.optimizer import Optimizer, inverse_root
 from mla_pass.healing.state import SavedState
 from mla_pass.onnx.io import load_model
 from mla_pass.onnx.perplexity import sample_tokens
 from mla_pass.onnx.verify import verify
+from mla_pass.onnx.view import OnnxView
 from mla_pass.pytorch.graph import TorchGraph, together
 from tests.families import VOCAB, exported
 from tests.threads import one_thread  # noqa: F401  applies to every test
@@ -353,7 +354,7 @@ def test_the_last_product_is_found_behind_a_cap() -> None:
     for family in ("llama", "llama_tied", "gemma2"):
         model = load_model(exported(family))
         logits = next(value for value in model.graph.outputs if value.name == "logits")
-        (user, place), *more = before_logits(model.graph, logits).uses()
+        (user, place), *more = before_logits(OnnxView.of(model), logits).uses()
         assert (user.op_type, place, more) == ("MatMul", 0, [])
 
 

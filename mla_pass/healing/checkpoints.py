@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -23,7 +22,7 @@ from mla_pass.healing.subject import Subject, Trainable
 from mla_pass.onnx.perplexity import sample_rows
 from mla_pass.onnx.text import load_tokenizer
 from mla_pass.pytorch.cache import LatentRows
-from mla_pass.pytorch.folder import CACHE_FILE, INDEX_FILE, SHIM_FILE, check, read_config, weight_files
+from mla_pass.pytorch.folder import CACHE_FILE, INDEX_FILE, SHIM_FILE, check, open_weights, read_config, weight_files
 from mla_pass.pytorch.modeling import KEY, MODEL_TYPE
 from mla_pass.pytorch.spec import stored_dtype
 from mla_pass.storage import CODED
@@ -185,7 +184,7 @@ def stored_types(folder: Path, names: Collection[str]) -> dict[str, torch.dtype]
     """Element types of some weights. Raises MlaPassError when a file cannot be read, or none holds one of them."""
     found: dict[str, torch.dtype] = {}
     for path in weight_files(folder):
-        with opened(path) as file:
+        with open_weights(path) as file:
             found |= {name: file.get_tensor(name).dtype for name in names if name in file.keys()}  # noqa: SIM118
     lacking = [name for name in names if name not in found]
     if lacking:
@@ -195,18 +194,10 @@ def stored_types(folder: Path, names: Collection[str]) -> dict[str, torch.dtype]
 
 def replace_weights(path: Path, weights: Mapping[str, Tensor], target: Path) -> None:
     """Copy a file of weights, some of them in place of its own. Raises MlaPassError when it cannot be read."""
-    with opened(path) as file:
+    with open_weights(path) as file:
         names = list(file.keys())
         if weights.keys().isdisjoint(names):
             shutil.copyfile(path, target)
             return
         tensors = {name: weights[name] if name in weights else file.get_tensor(name) for name in names}
         save_file(tensors, target, metadata=file.metadata())
-
-
-def opened(path: Path) -> Any:
-    """A file of weights. Raises MlaPassError when it cannot be read."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise MlaPassError(f"{path} cannot be read ({error}); the checkpoint is not complete") from error

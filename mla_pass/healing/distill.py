@@ -8,6 +8,7 @@ at a time, each time all the way to the gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from torch.nn import functional
 
 from mla_pass.errors import MlaPassError
 from mla_pass.healing.subject import Predictor, Trainable
+from mla_pass.view import View
 
 LOGITS = 1 << 24
 """Logits of one model that are alive at a time: 64 MiB."""
+PRODUCTS = ("matmul", "gemm")
+_POINTWISE = ("add", "sub", "mul", "div", "tanh", "cast", "identity")
 
 
 class Distillation:
@@ -83,3 +87,21 @@ class Distillation:
         for name in theirs.keys() & ours.keys() - self.parameters.keys():
             if theirs[name].shape == ours[name].shape and torch.equal(theirs[name], ours[name]):
                 theirs[name].data = ours[name].data
+
+
+def before_logits(view: View, logits: Any) -> Any:
+    """The value whose product with a constant matrix the logits are, up to scaling and capping.
+
+    The logits themselves where they come about otherwise: then all of them are in memory at once.
+    """
+    value = logits
+    while True:
+        inputs = view.inputs(value)
+        varying = [x for x in inputs if x is not None and not view.is_constant(x)]
+        if len(varying) != 1:
+            return logits
+        if view.op(value) in PRODUCTS and inputs[0] is varying[0]:
+            return varying[0]
+        if view.op(value) not in _POINTWISE:
+            return logits
+        value = varying[0]

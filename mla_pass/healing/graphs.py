@@ -13,15 +13,15 @@ from torch import Tensor
 from mla_pass.convert import read_text, self_written
 from mla_pass.errors import MlaPassError
 from mla_pass.export.layout import MAX_POSITION_KEY, copy_companions
-from mla_pass.healing.graph_weights import constants, find_trainable
+from mla_pass.healing.distill import before_logits
+from mla_pass.healing.graph_weights import find_trainable
 from mla_pass.healing.subject import Subject
 from mla_pass.onnx.io import external_tensors, load_model, save_model
 from mla_pass.onnx.ports import graph_ports
 from mla_pass.onnx.session import model_path, session
 from mla_pass.onnx.text import load_tokenizer
+from mla_pass.onnx.view import OnnxView
 from mla_pass.pytorch.graph import TorchGraph
-
-_POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"}
 
 
 class GraphSubject(Subject):
@@ -78,7 +78,7 @@ class GraphPredictor:
     def __init__(self, model: ir.Model, device: str = "cpu") -> None:
         """Raises MlaPassError as `TorchGraph` does."""
         *_, self._output = graph_ports(model.graph)
-        self._before = before_logits(model.graph, self._output)
+        self._before = before_logits(OnnxView.of(model), self._output)
         self._graph = TorchGraph(model, outputs=[self._output], device=device)
         self.parameters = self._graph.parameters
         self.vocab = self.logits(self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))).shape[-1]
@@ -91,21 +91,3 @@ class GraphPredictor:
         """See `Predictor.logits`."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         return self._graph.run(ids, wanted=[self._output], given={self._before: hidden})[self._output]
-
-
-def before_logits(graph: ir.Graph, logits: ir.Value) -> ir.Value:
-    """The value whose product with a constant matrix the logits are, up to scaling and capping.
-
-    The logits themselves where they come about otherwise: then all of them are in memory at once.
-    """
-    constant, value = constants(graph), logits
-    while (node := value.producer()) is not None:
-        varying = [operand for operand in node.inputs if operand is not None and operand not in constant]
-        if len(varying) != 1:
-            break
-        if node.op_type == "MatMul" and node.inputs[0] is varying[0]:
-            return varying[0]
-        if node.op_type not in _POINTWISE:
-            break
-        value = varying[0]
-    return logits

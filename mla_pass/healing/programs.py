@@ -15,9 +15,12 @@ from torch.nn import Parameter
 
 from mla_pass.errors import MlaPassError
 from mla_pass.export.fx import core_aten
+from mla_pass.export.tracing import first_line
+from mla_pass.healing.distill import PRODUCTS, before_logits
 from mla_pass.healing.subject import Subject, Trainable
 from mla_pass.patterns import find_sites
-from mla_pass.pytorch.emit import copied
+from mla_pass.pytorch.block import ROW_WEIGHT
+from mla_pass.pytorch.emit import TABLES, copied
 from mla_pass.pytorch.inputs import fed, roles_of
 from mla_pass.pytorch.piece import Piece, reached
 from mla_pass.pytorch.view import FxView, lifted_names, writing
@@ -25,11 +28,8 @@ from mla_pass.site import AttentionSite
 from mla_pass.view import EvaluationError
 
 FILE = "model.pt2"
-MARK = ".latent_proj.weight"
+MARK = f".{ROW_WEIGHT}"
 """What the name of a weight ends with that every converted block has; before it stands the block's own name."""
-TABLE = "mla_pass.rope_"
-_PRODUCTS = ("matmul", "gemm")
-_POINTWISE = ("add", "sub", "mul", "div", "tanh", "cast")
 _LAYOUT = ("reshape", "transpose", "unsqueeze", "squeeze", "expand", "cast")
 
 
@@ -48,7 +48,7 @@ class ProgramSubject(Subject):
                 f"the original program has {counts[0]} inputs, the converted one {counts[1]}; expected two versions of "
                 "one model"
             )
-        tables = [x.shape[0] for name, x in self._programs[1].state_dict.items() if name.startswith(TABLE)]
+        tables = [x.shape[0] for name, x in self._programs[1].state_dict.items() if name.startswith(TABLES)]
         self._settled: dict[str, Tensor] = {}
         super().__init__(
             ProgramPredictor(views[0], self._roles, (), device),
@@ -183,21 +183,6 @@ def logits_of(view: FxView) -> fx.Node:
     return found[0]
 
 
-def before_logits(view: FxView, logits: fx.Node) -> fx.Node:
-    """The value whose product with a constant matrix the logits are, up to scaling and capping; else the logits."""
-    value = logits
-    while True:
-        inputs = view.inputs(value)
-        varying = [x for x in inputs if x is not None and not view.is_constant(x)]
-        if len(varying) != 1:
-            return logits
-        if view.op(value) in _PRODUCTS and inputs[0] is varying[0]:
-            return varying[0]
-        if view.op(value) not in _POINTWISE:
-            return logits
-        value = varying[0]
-
-
 def corrections(view: FxView) -> set[fx.Node]:
     """Every y - x that is nothing but added to x. x + (y - x) is y: so it is written, with a rounded y of 8 bits, for
     gradients to pass x as if it were y. An exported program keeps the sum, and not that y has no part in gradients."""
@@ -264,7 +249,7 @@ def is_matrix(view: FxView, node: fx.Node) -> bool:
     if view.weights[node].numel() < 2 or not view.weights[node].is_floating_point():
         return False
     for reader in view.users(through_layout(view, node)):
-        if view.op(reader) in _PRODUCTS:
+        if view.op(reader) in PRODUCTS:
             return True
         if view.op(reader) == "add" and any(not view.is_constant(x) for x in view.inputs(reader)):
             return True
@@ -278,8 +263,3 @@ def through_layout(view: FxView, node: fx.Node) -> fx.Node:
         node = readers[0]
         readers = view.users(node)
     return node
-
-
-def first_line(error: BaseException) -> str:
-    """Of a message, or the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

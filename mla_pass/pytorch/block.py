@@ -23,6 +23,9 @@ from mla_pass.pytorch.latent import latent_attention
 from mla_pass.pytorch.spec import as_torch, layer_spec
 from mla_pass.site import Branch
 
+ROW_WEIGHT = "latent_proj.weight"
+"""Name of the one weight that every block brings, behind the block's own."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -53,7 +56,7 @@ class Block:
         w, plan = conversion.weights, conversion.absorption
         found: dict[str, np.ndarray] = {}
         row = (w.encode.T, w.encode_bias) if conversion.behind_norm else conversion.row_projection()
-        found["latent_proj.weight"], found["latent_proj.bias"] = row[0].T, row[1]
+        found[ROW_WEIGHT], found["latent_proj.bias"] = row[0].T, row[1]
         if plan.query_map:
             weight, bias = plan.fold_query(site, w)
             found["q_proj_latent.weight"] = weight.T
@@ -90,7 +93,7 @@ class Block:
             y = torch.cat([flat(x["key"], site.key), flat(x["value"], site.value)], -1)
         else:
             y = x["hidden"]
-        row = functional.linear(y, x["latent_proj.weight"], x["latent_proj.bias"])
+        row = functional.linear(y, x[ROW_WEIGHT], x["latent_proj.bias"])
         if plan.query_map:
             query = functional.linear(x["hidden"], x["q_proj_latent.weight"], x.get("q_proj_latent.bias"))
         else:

@@ -36,6 +36,8 @@ from mla_pass.pytorch.view import FxView
 from mla_pass.site import AttentionSite, Rope
 from mla_pass.storage import STORED, stored_width
 
+TABLES = "mla_pass.rope_"
+"""What the names of the tables of cos and sin begin with."""
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -174,7 +176,7 @@ class Emitter:
         made = {}
         for kind, function in (("cos", np.cos), ("sin", np.sin)):
             table = as_torch(function(angle.astype(np.float64)), torch.float32).to(self.inputs[0].meta["val"].device)
-            made[kind] = self.weight(_free(f"mla_pass.rope_{{}}.{kind}", self.state), table)
+            made[kind] = self.weight(_free(f"{TABLES}{{}}.{kind}", self.state), table)
         self.tables.append((rope, made))
         return made
 

@@ -193,17 +193,22 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def open_weights(path: Path) -> Any:
+    """A file of weights. Raises MlaPassError when it cannot be read; safetensors looks at all of its header here."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise MlaPassError(f"{path} cannot be read ({error}); the checkpoint is not complete") from error
+
+
 def copy_weights(source: Path, dropped: tuple[str, ...], target: Path) -> dict[str, str]:
     """Copy weights file by file but those whose names begin with one of `dropped`; returns the file of each name."""
     placed: dict[str, str] = {}
     files = weight_files(source)
     for number, path in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(dropped)}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise MlaPassError(f"{path} cannot be read ({error}); the checkpoint is not complete") from error
+        with open_weights(path) as file:
+            kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(dropped)}  # noqa: SIM118
         if kept:
             save_file(kept, target / name, metadata={"format": "pt"})
             placed |= dict.fromkeys(kept, name)
